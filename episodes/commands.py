@@ -1,0 +1,193 @@
+"""The offline commands: `tautap runs`, `episodes`, `show`, `seal` and `verify`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from episodes.errors import BadRun
+from episodes.layout import Layout
+from episodes.messages import JSON, parse_object, reply_messages
+from episodes.run import Call, Run, open_run
+from episodes.store import Store
+from episodes.verify import problems
+
+RUN = click.argument("run", type=click.Path(path_type=Path))
+
+
+@click.command()
+@click.argument("data", type=click.Path(path_type=Path), default=Path("data"))
+def runs(data: Path) -> None:
+    """List the runs in a DATA directory (default: data)."""
+    table = _table("run", "model", "points", "episodes", "calls", "rows", "created")
+    for path in sorted(data.iterdir()) if data.is_dir() else []:
+        if not (path / "run.json").exists():
+            continue
+        run = open_run(path)
+        recorded = run.about.recorded
+        table.add_row(
+            path.name,
+            recorded.model if recorded else "",
+            " ".join(recorded.points) if recorded else "",
+            str(len(run.history.episodes)),
+            str(len(run.history.calls)),
+            f"{sum(call.n_kept for call in run.history.calls.values()):,}",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(run.about.created)),
+        )
+    if not table.rows:
+        raise BadRun(f"{data} holds no run")
+    _print(table)
+
+
+@click.command()
+@RUN
+def episodes(run: Path) -> None:
+    """List the episodes of a RUN directory."""
+    _print(episodes_overview(open_run(run)))
+
+
+def episodes_overview(run: Run) -> Table:
+    """A line per episode and one for all: calls, turns, tokens, rows stored, rows shared, bytes, the saving."""
+    table = _table("episode", "status", "calls", "turns", "tokens", "rows", "shared", "missing", "bytes", "saving")
+    rows = run.episodes.to_pylist()
+    for row in rows:
+        table.add_row(row["episode"], row["status"], *_counts(row))
+    if len(rows) > 1:
+        table.add_section()
+        names = ("n_calls", "n_turns", "n_prompt", "n_completion", "n_rows", "n_shared", "n_missing", "n_bytes")
+        table.add_row("all", "", *_counts({name: sum(row[name] for row in rows) for name in names}))
+    return table
+
+
+def _counts(row: dict[str, Any]) -> list[str]:
+    rows, shared = row["n_rows"], row["n_shared"]
+    return [
+        str(row["n_calls"]),
+        str(row["n_turns"]),
+        f"{row['n_prompt'] + row['n_completion']:,}",
+        f"{rows:,}",
+        f"{shared:,}",
+        f"{row['n_missing']:,}",
+        f"{row['n_bytes']:,}",
+        f"{(rows + shared) / rows:.1f}×" if rows else "",
+    ]
+
+
+@click.command()
+@RUN
+@click.argument("episode", required=False)
+def show(run: Path, episode: str | None) -> None:
+    """Print the conversation of an EPISODE of a RUN (default: its first), with its turns, tokens and rows."""
+    opened = open_run(run)
+    if not opened.history.episodes:
+        raise BadRun(f"{run} holds no episode yet")
+    console = Console(highlight=False)
+    name = episode or next(iter(opened.history.episodes))
+    said: dict[str, int] = {}
+    for call in opened.episode(name):
+        _show_call(console, call, said.get(call.record.thread, 0))
+        said[call.record.thread] = len(_request_messages(call)) + 1
+
+
+def _request_messages(call: Call) -> list[JSON]:
+    fields = parse_object(call.record.request.encode()) or {}
+    if "prompt" in fields:
+        return [{"role": "prompt", "content": fields["prompt"]}]
+    return [m for m in fields.get("messages") or [] if isinstance(m, dict)]
+
+
+def _show_call(console: Console, call: Call, already: int) -> None:
+    """Print what a call adds to its conversation. already: messages printed before."""
+    record = call.record
+    for message in _request_messages(call)[already:]:
+        _say(console, str(message.get("role")), message)
+    repeat = f", attempt {record.attempt}" if record.attempt else ""
+    head = f"{record.thread} {record.role}, turn {record.turn}{repeat}, {record.id}"
+    console.rule(f"[dim]{head}[/dim]", align="left", characters="·")
+    reply = parse_object(record.reply.encode()) or {}
+    for message in reply_messages(reply):
+        _say(console, "assistant", message)
+    for choice in reply.get("choices") or []:
+        if "text" in choice:
+            _say(console, "completion", {"content": choice["text"]})
+    if record.status != 200:
+        console.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red", markup=False)
+    for sequence in record.sequences:
+        spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
+        tokens = f"{len(sequence.prompt_token_ids)} + {len(sequence.completion_token_ids)} tokens"
+        console.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan", markup=False)
+    if record.lost:
+        console.print(f"  no activations: {record.lost}", style="red", markup=False)
+
+
+def _span(source: str | None, span: Any, own: str) -> str:
+    where = "missing" if source is None else "stored here" if source == own else f"of {source}"
+    return f"{span.start}–{span.stop} {where}"
+
+
+def _say(console: Console, role: str, message: JSON) -> None:
+    content = message.get("content")
+    text = content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
+    console.print(f"[bold]{role}[/bold]", end=" ")
+    console.print(text, markup=False)
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or {}
+        console.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow", markup=False)
+
+
+@click.command()
+@RUN
+def seal(run: Path) -> None:
+    """Seal every episode of a RUN that no proxy is writing, and write its index tables."""
+    layout = Layout(run)
+    if not layout.run.exists():
+        raise BadRun(f"{run} is not a run: it has no run.json")
+    store = Store(layout)
+    try:
+        sealed = [s for s in map(store.seal, list(store.history.episodes)) if s is not None]
+        store.roll()
+    finally:
+        store.close()
+    click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
+
+
+@click.command()
+@RUN
+@click.pass_context
+def verify(context: click.Context, run: Path) -> None:
+    """Check every checksum, span and row of a RUN; exit code 1 if anything is wrong."""
+    opened = open_run(run)
+    found = list(problems(opened))
+    for problem in found:
+        click.echo(problem)
+    history = opened.history
+    click.echo(
+        f"{len(history.episodes)} episodes, {len(history.calls)} calls, "
+        f"{sum(call.n_kept for call in history.calls.values()):,} rows: "
+        f"{f'{len(found)} problems' if found else 'all there'}"
+    )
+    context.exit(1 if found else 0)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    for i, column in enumerate(columns):
+        words = i == 0 or column in ("status", "model", "points", "created")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a pipe has no width: print every word
+        console.width = 240
+    console.print(table)
+
+
+COMMANDS = [runs, episodes, show, seal, verify]

@@ -1,0 +1,63 @@
+"""Every error tautap raises on purpose.
+
+TautapError
+├── BadInput             what was asked for cannot be: commands exit with 2, HTTP answers 400
+│   ├── UnknownPoint     a layer or hook that the model does not have
+│   ├── BadName          a run or episode name that is not a plain file name
+│   └── BadCapture       a capture request that does not parse
+├── BadRun               a run directory that cannot be used: commands exit with 1
+│   ├── WrongFormat      written by another format version
+│   ├── WrongModel       recorded with another model or dtype
+│   ├── RunLocked        another process is writing it
+│   └── CorruptFile      bytes that are not what the format says
+├── MissingRows          a reader asked for rows that were never stored
+└── CaptureLost          a call whose activations cannot be had, with the reason
+"""
+
+
+class TautapError(Exception):
+    """The root: its text says what was given, what is accepted and what to do."""
+
+
+class BadInput(TautapError):
+    pass
+
+
+class UnknownPoint(BadInput):
+    pass
+
+
+class BadName(BadInput):
+    pass
+
+
+class BadCapture(BadInput):
+    pass
+
+
+class BadRun(TautapError):
+    pass
+
+
+class WrongFormat(BadRun):
+    pass
+
+
+class WrongModel(BadRun):
+    pass
+
+
+class RunLocked(BadRun):
+    pass
+
+
+class CorruptFile(BadRun):
+    pass
+
+
+class MissingRows(TautapError):
+    pass
+
+
+class CaptureLost(TautapError):
+    pass

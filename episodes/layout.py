@@ -1,0 +1,105 @@
+"""A run on disk, format 1.
+
+    <data>/<run>/
+      run.json                          format, run, model, dtype, hidden size, points, versions, created
+      journal.jsonl                     one checksummed line per committed call or seal; append-only; the truth
+      live/<thread>/<call>.safetensors  call files (`episodes.wire`) of episodes that are not sealed yet
+      shards/<episode>.parquet          a sealed episode: one row per token that it computed
+      foreign/<call>.json.zst           activations that a backend which is not ours put into its reply
+      calls.parquet  episodes.parquet   the index, rolled from the journal
+      .lock                             held by the process that writes the run
+
+A **row** is one token's vectors. It belongs to the call that computed it first; a later call of the same token ids
+refers to it. A **span** `(choice, call, source_choice, start, stop)` says that positions start to stop of a call's
+choice are the rows at the same positions of `call`'s `source_choice`; `call` is null where no row was stored.
+
+**Shard columns**: `call` `thread` `role` string, `turn` `attempt` int32, `choice` int16, `position` `token_id` int32,
+`phase` (`prompt` or `completion`), then one column per point, fixed_size_binary(itemsize · hidden): little-endian
+elements, null where that call did not record that point. Field metadata: `dtype` (`bfloat16`, `float16`, `float32`)
+and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements per point. Rows are in the order of the
+journal, then choice, then position; row groups hold at most 4,096 rows; pages carry checksums; vectors have neither
+dictionary nor statistics and are compressed with zstd level 1 unless the run says `none`.
+
+**calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`.
+
+**Journal line**: eight hex digits of the CRC-32 of the JSON, a blank, the JSON (`episodes.records`), a newline.
+
+Every file but the journal appears whole or not at all: written under a name that begins with a dot, synced, renamed,
+its directory synced. A call is committed when its journal line is on disk, and not before its live file is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from episodes.errors import BadName
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+ROW_GROUP = 4096
+
+
+def check_name(kind: str, name: str) -> str:
+    """The name, if it is a plain file name; BadName says what is accepted."""
+    if not NAME.fullmatch(name):
+        raise BadName(f"{kind} {name[:200]!r}: use letters, digits, '.', '_' and '-', at most 128, not '.' first")
+    return name
+
+
+class Layout:
+    """The paths of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run = root / "run.json"
+        self.journal = root / "journal.jsonl"
+        self.live = root / "live"
+        self.shards = root / "shards"
+        self.foreign = root / "foreign"
+        self.calls = root / "calls.parquet"
+        self.episodes = root / "episodes.parquet"
+        self.lock = root / ".lock"
+
+    def live_file(self, thread: str, call: str) -> Path:
+        return self.live / thread / f"{call}.safetensors"
+
+    def shard(self, episode: str) -> Path:
+        return self.shards / f"{episode}.parquet"
+
+    def foreign_file(self, call: str) -> Path:
+        return self.foreign / f"{call}.json.zst"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A draft's path to write to; when the block ends well the draft is synced and becomes `path`, else it goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        yield draft
+        publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def publish(draft: Path, path: Path) -> None:
+    """Give a finished draft its name, durably. The draft may lie in another directory of the same file system."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sync_directory(path.parent.parent)
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    draft.rename(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""What the journal's lines and `run.json` hold, as typed records."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from episodes.wire import Sequence
+
+
+class Model(msgspec.Struct, frozen=True):
+    """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
+    points are the default ones.
+    """
+
+    model: str
+    dtype: str
+    hidden_size: int
+    n_layers: int
+    points: list[str]
+    versions: dict[str, str | None]
+
+
+class Run(msgspec.Struct, frozen=True):
+    """`run.json`. recorded: the model, None until a worker was heard of. created: unix seconds.
+
+    compression: of the vectors in shards, `zstd` or `none`.
+    """
+
+    format: int
+    run: str
+    created: float
+    recorded: Model | None = None
+    compression: Literal["zstd", "none"] = "zstd"
+
+
+class Kept(msgspec.Struct, frozen=True, array_like=True):
+    """Rows that a call stores: positions start to stop of its choice."""
+
+    choice: int
+    start: int
+    stop: int
+
+
+class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
+    """One request and its reply, as committed.
+
+    started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
+    request, reply: JSON texts. points: what was asked of the worker, empty if the call was not captured.
+    sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
+    lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
+    """
+
+    id: str
+    thread: str
+    episode: str
+    turn: int
+    attempt: int
+    endpoint: str
+    model: str
+    started: float
+    ended: float
+    status: int
+    first_byte: float | None = None
+    role: str = "agent"
+    finish_reason: str | None = None
+    error: str | None = None
+    request: str = ""
+    reply: str = ""
+    points: list[str] = []
+    sequences: list[Sequence] = []
+    kept: list[Kept] = []
+    lost: str | None = None
+    foreign: bool = False
+
+    @property
+    def spec(self) -> tuple[str, ...]:
+        """What rows are shared under: the points, in order."""
+        return tuple(self.points)
+
+    @property
+    def n_prompt(self) -> int:
+        return sum(len(s.prompt_token_ids) for s in self.sequences)
+
+    @property
+    def n_completion(self) -> int:
+        return sum(len(s.completion_token_ids) for s in self.sequences)
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that should have a row."""
+        return sum(s.n_positions for s in self.sequences)
+
+    @property
+    def n_kept(self) -> int:
+        return sum(kept.stop - kept.start for kept in self.kept)
+
+
+class Seal(msgspec.Struct, frozen=True, tag="seal"):
+    """An episode's rows are in its shard; `calls` are the ones it holds, at is unix seconds."""
+
+    episode: str
+    calls: list[str]
+    n_rows: int
+    n_bytes: int
+    at: float
+
+
+Record = Call | Seal

@@ -1,0 +1,180 @@
+"""The writing end of a run: commits calls, seals episodes, rolls the index. One process at a time, one thread in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import zstandard
+
+from episodes import journal
+from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
+from episodes.history import Episode, History, Ranges
+from episodes.layout import FORMAT, Layout, publish, whole
+from episodes.records import Call, Model, Run, Seal
+from episodes.rows import runs
+from episodes.shards import Block, live_blocks, shard_blocks, write_shard
+from episodes.tables import calls_table, episodes_table
+from episodes.wire import DTYPE_CODES, CallFile
+
+
+def read_run(layout: Layout) -> Run:
+    """`run.json`; WrongFormat names the version of a run that this release does not read."""
+    fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
+    if fields.get("format") != FORMAT:
+        raise WrongFormat(f"{layout.root} has format {fields.get('format')!r}: this release reads format {FORMAT}")
+    try:
+        return msgspec.convert(fields, Run)
+    except msgspec.ValidationError as error:
+        raise CorruptFile(f"{layout.run}: {error}") from None
+
+
+class Store:
+    """A run that this process writes. Not safe to call from several threads at once."""
+
+    def __init__(self, layout: Layout, compression: Literal["zstd", "none"] = "zstd") -> None:
+        """Open a run, making it if it is not there; RunLocked if another process writes it."""
+        layout.live.mkdir(parents=True, exist_ok=True)
+        self.layout = layout
+        self._lock = _lock(layout)
+        try:
+            if not layout.run.exists():
+                self._write(Run(FORMAT, layout.root.name, time.time(), compression=compression))
+            self.run = read_run(layout)
+            records = [record for record in journal.read(layout.journal) if not isinstance(record, journal.Broken)]
+            self.history = History(records)
+            self._journal = journal.Journal(layout.journal)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def describe(self, model: Model) -> None:
+        """Say which model is recorded; WrongModel if the run was recorded with another."""
+        found = self.run.recorded
+        if found is None:
+            self._write(msgspec.structs.replace(self.run, recorded=model))
+            self.run = read_run(self.layout)
+            return
+        for name in ("model", "dtype", "hidden_size"):
+            if getattr(found, name) != getattr(model, name):
+                raise WrongModel(
+                    f"run {self.run.run} was recorded with {name} {getattr(found, name)}, the worker has "
+                    f"{getattr(model, name)}: give another --run"
+                )
+
+    def _write(self, run: Run) -> None:
+        with whole(self.layout.run) as draft:
+            draft.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
+
+    def draft(self, call: str) -> Path:
+        """Where a claim may be written until `commit` takes it."""
+        return self.layout.live / f".{call}.claim"
+
+    def commit(self, call: Call, claim: Path | None = None, foreign: bytes | None = None) -> Call:
+        """Put a call on disk for good; returns it with its token ids and the rows it keeps.
+
+        claim: the call file as it came, which becomes the live file if any of its rows is new. foreign: activations
+        that the backend itself sent, JSON. CorruptFile if the claim is not a whole call file of this run's model.
+        """
+        if claim is not None:
+            file = CallFile(claim)
+            self._check(call, file)
+            call = msgspec.structs.replace(call, points=file.points, sequences=file.sequences)
+            call = msgspec.structs.replace(call, kept=self.history.keep(call, _computed(file)))
+            if call.kept:
+                publish(claim, self.layout.live_file(call.thread, call.id))
+            else:
+                claim.unlink()
+        if foreign is not None:
+            with whole(self.layout.foreign_file(call.id)) as draft:
+                draft.write_bytes(zstandard.compress(foreign, 3))
+            call = msgspec.structs.replace(call, foreign=True)
+        self._journal.append(call)
+        self.history.commit(call)
+        return call
+
+    def _check(self, call: Call, file: CallFile) -> None:
+        """CorruptFile unless the file is this call's and of the model that the run records."""
+        recorded = self.run.recorded
+        if recorded is None:
+            raise CorruptFile(f"rows of {call.id} came before the worker said what it runs")
+        expected = (call.id, DTYPE_CODES[recorded.dtype], recorded.hidden_size)
+        found = (file.call, file.dtype, file.hidden_size)
+        if found != expected:
+            raise CorruptFile(f"a call file of {found}, expected {expected}")
+
+    def seal(self, name: str) -> Seal | None:
+        """Move an episode's rows into its shard; None if that has been done. An earlier seal's rows are taken along."""
+        episode = self.history.episodes[name]
+        if not episode.unsealed:
+            return None
+        shard = self.layout.shard(name)
+        n_rows = 0
+        kept = [call for call in episode.calls if call.kept]
+        if kept and self.run.recorded is not None:
+            n_rows = write_shard(shard, kept, self._blocks(episode), self.run.recorded, self.run.compression)
+        n_bytes = shard.stat().st_size if n_rows else 0
+        seal = Seal(name, [call.id for call in episode.calls], n_rows, n_bytes, time.time())
+        self._journal.append(seal)
+        self.history.add(seal)
+        for thread in {call.thread for call in episode.calls}:
+            shutil.rmtree(self.layout.live / thread, ignore_errors=True)
+        return seal
+
+    def _blocks(self, episode: Episode) -> Iterator[Block]:
+        fresh = {call.id for call in episode.unsealed}
+        held = {call.id: call for call in episode.calls if call.id not in fresh}
+        if any(call.kept for call in held.values()):
+            yield from shard_blocks(self.layout.shard(episode.id), held)
+        for call in episode.unsealed:
+            if call.kept:
+                yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
+
+    def roll(self) -> None:
+        """Write the index tables anew."""
+        size = self.layout.journal.stat().st_size
+        for path, table in (
+            (self.layout.calls, calls_table(self.history)),
+            (self.layout.episodes, episodes_table(self.history, self.layout)),
+        ):
+            about = (table.schema.metadata or {}) | {b"journal_bytes": str(size).encode()}
+            with whole(path) as draft:
+                pq.write_table(table.replace_schema_metadata(about), draft, compression="zstd")
+
+    def close(self) -> None:
+        self._journal.close()
+        self._lock.close()
+
+
+def _computed(file: CallFile) -> Ranges:
+    """choice → the positions that the file has rows of, as ranges."""
+    computed: Ranges = {}
+    for sequence in file.sequences:
+        position = file.position[file.choice == sequence.choice]
+        present = np.zeros(int(position.max(initial=-1)) + 1, bool)
+        present[position] = True
+        computed[sequence.choice] = runs(present)
+    return computed
+
+
+def _lock(layout: Layout) -> IO[str]:
+    file = layout.lock.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunLocked(f"{layout.root} is being written by {holder}: stop it first, or use another run") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()}")
+    file.flush()
+    return file

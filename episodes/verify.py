@@ -1,0 +1,104 @@
+"""`tautap verify`: whether a run is what its journal says, down to every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from episodes.errors import BadRun
+from episodes.history import Episode
+from episodes.records import Call
+from episodes.run import Run
+from episodes.shards import live_blocks
+
+
+def problems(run: Run) -> Iterator[str]:
+    """What is wrong with a run, in words; nothing if it is whole."""
+    for line in run.broken:
+        yield f"journal.jsonl, line {line.line}: {line.reason}"
+    for episode in run.history.episodes.values():
+        yield from _episode_problems(run, episode)
+    for call in run.history.calls.values():
+        yield from _call_problems(run, call)
+    yield from _strays(run)
+
+
+def _call_problems(run: Run, call: Call) -> Iterator[str]:
+    if call.lost:
+        yield f"call {call.id}: no activations: {call.lost}"
+    for choice, spans in run.history.spans(call).items():
+        for span in spans:
+            if span.owner is None:
+                yield f"call {call.id}, choice {choice}: no rows for positions {span.start} to {span.stop}"
+
+
+def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:
+    held = set(episode.sealed.calls) if episode.sealed else set()
+    shard = run.layout.shard(episode.id)
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    if episode.sealed and episode.sealed.n_rows:
+        try:
+            found = _shard_tokens(shard, episode.sealed.n_rows)
+        except (OSError, pa.ArrowException, BadRun) as error:
+            yield f"shards/{shard.name}: {error}"
+            return
+    for call in episode.calls:
+        if not call.kept:
+            continue
+        if call.id not in held:
+            try:
+                path = run.layout.live_file(call.thread, call.id)
+                for block in live_blocks(call, path):
+                    tokens = dict(zip(range(block.kept.start, block.kept.stop), block.token_id.tolist(), strict=True))
+                    found.setdefault((call.id, block.kept.choice), {}).update(tokens)
+            except (OSError, BadRun) as error:
+                yield f"call {call.id}: {error}"
+                continue
+        for kept in call.kept:
+            tokens = found.get((call.id, kept.choice), {})
+            sequence = next(s for s in call.sequences if s.choice == kept.choice)
+            expected = sequence.tokens[kept.start : kept.stop].tolist()
+            if [tokens.pop(p, None) for p in range(kept.start, kept.stop)] != expected:
+                yield f"call {call.id}, choice {kept.choice}: rows {kept.start} to {kept.stop} are not its tokens'"
+    extra = sum(map(len, found.values()))
+    if extra:
+        yield f"episode {episode.id}: {extra} rows that no call keeps"
+
+
+def _shard_tokens(path: Path, n_rows: int) -> dict[tuple[str, int], dict[int, int]]:
+    """(call, choice) → position → token id; every page of every column is read and its checksum verified."""
+    found: dict[tuple[str, int], dict[int, int]] = {}
+    total = 0
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            total += table.num_rows
+            columns = (table[name].to_pylist() for name in ("call", "choice", "position", "token_id"))
+            for call, choice, position, token_id in zip(*columns, strict=True):
+                tokens = found.setdefault((call, choice), {})
+                if position in tokens:
+                    raise BadRun(f"position {position} of {call}, choice {choice} is there twice")
+                tokens[position] = token_id
+    if total != n_rows:
+        raise BadRun(f"{total} rows where the journal says {n_rows}")
+    return found
+
+
+def _strays(run: Run) -> Iterator[str]:
+    """Files that no record accounts for."""
+    layout = run.layout
+    sealed = {e.id for e in run.history.episodes.values() if e.sealed}
+    held = {call for e in run.history.episodes.values() if e.sealed for call in e.sealed.calls}
+    for path in sorted(layout.live.rglob("*.safetensors")) if layout.live.exists() else []:
+        if path.stem not in run.history.calls:
+            yield f"{path.relative_to(layout.root)}: no call in the journal"
+        elif path.stem in held:
+            yield f"{path.relative_to(layout.root)}: sealed already"
+    for path in sorted(layout.shards.glob("[!.]*")) if layout.shards.exists() else []:
+        if path.stem not in sealed:
+            yield f"{path.relative_to(layout.root)}: no sealed episode of that name"
+    for path in sorted(layout.root.rglob(".*.draft")) + sorted(layout.root.rglob(".*.claim")):
+        yield f"{path.relative_to(layout.root)}: a file that was not finished"

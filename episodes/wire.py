@@ -1,0 +1,253 @@
+"""The wire between proxy and worker: the capture header, and the file that a call's activations travel in.
+
+**Capture header** `X-Tautap-Capture` on a request to a generation endpoint, JSON:
+
+    {"call": "c-…", "salt": "run/epoch", "points": ["layers.8.output"]}
+
+`points` is left out for the worker's default. The worker records the call under that id and puts `salt` and the
+points into vLLM's `cache_salt`, so that the call can only hit cache blocks recorded under the same two.
+
+**Call file**, the body of `GET /v1/activations/{call}`, is one safetensors file:
+
+    rows      [n, points, hidden]  the engine's dtype, token-major, in the order the engine computed them
+    position  [n] int32            place of the row's token in its sequence, from 0
+    token_id  [n] int32            the token that was fed in
+    choice    [n] int32            index of the reply's choice that the row's sequence became
+
+and in its metadata `call`, `points` (JSON list of names) and `sequences` (JSON list of `Sequence`).
+
+**Spool file**, one per sequence, the same without `choice` and `sequences`, with `prompt_token_ids [p] int32` behind
+the rest; `join` makes the one out of the others without copying a row.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from episodes.errors import BadCapture, CorruptFile
+from episodes.points import name_points, split_point
+
+CAPTURE_HEADER = "X-Tautap-Capture"
+GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
+HEADER_LIMIT = 64 << 20
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+}
+DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a proxy asks a worker to record of one call."""
+
+    call: str
+    salt: str = ""
+    points: tuple[str, ...] | None = None
+
+    def header(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def parse(cls, header: str) -> Capture:
+        """The capture in a header's value; BadCapture says what was wrong with it."""
+        try:
+            return msgspec.json.decode(header, type=cls)
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise BadCapture(f"{CAPTURE_HEADER} {header[:200]!r}: {error}") from None
+
+
+class Collect(msgspec.Struct, frozen=True):
+    """`collect_activations` of a request's body.
+
+    positions: rows to return, negative ones from the end; None for all. encoding_format: as OpenAI's embeddings.
+    """
+
+    layers: list[int] | None = None
+    hook_points: list[str] | None = None
+    positions: list[int] | None = None
+    return_activations: bool = True
+    encoding_format: Literal["float", "base64"] = "float"
+
+    @classmethod
+    def parse(cls, value: Any) -> Collect:
+        """BadCapture says which field is wrong and what it takes; `true` asks for the server's defaults."""
+        try:
+            return cls() if value is True else msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise BadCapture(f"collect_activations: {error}") from None
+
+    def points(self, default: list[str], n_layers: int) -> list[str]:
+        """The points asked for, the server's where it names none; UnknownPoint for what the model lacks."""
+        known = [split_point(point) for point in default]
+        layers = list(dict.fromkeys(layer for layer, _ in known)) if self.layers is None else self.layers
+        hooks = list(dict.fromkeys(hook for _, hook in known)) if self.hook_points is None else self.hook_points
+        points = name_points(layers, hooks, n_layers)
+        if not points:
+            raise BadCapture("collect_activations names no point: give at least one layer and one hook point")
+        return points
+
+
+class Sequence(msgspec.Struct, frozen=True):
+    """One sequence of a call: what the engine was given and what it sampled, as the client's choice saw it.
+
+    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it.
+    """
+
+    choice: int
+    prompt_token_ids: list[int]
+    completion_token_ids: list[int]
+    finish_reason: str | None = None
+    n_cached: int = 0
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """The tokens that have a row, in order of position: all but the last sampled one."""
+        return np.array(self.prompt_token_ids + self.completion_token_ids[:-1], dtype=np.int32)
+
+    @property
+    def n_positions(self) -> int:
+        return len(self.prompt_token_ids) + max(len(self.completion_token_ids) - 1, 0)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies in a safetensors file: `offset` and `nbytes` count from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    return DTYPES[dtype].itemsize * int(np.prod(tuple(shape), dtype=np.int64))
+
+
+def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0) -> bytes:
+    """A safetensors header for tensors that follow it back to back in this order.
+
+    room: bytes the whole header takes, padded with blanks as the format allows; 0 takes what it needs
+    source: safetensors 0.8, README "Format"
+    """
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + nbytes(dtype, shape)
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    size = room - 8 if room else -len(text) % 8 + len(text)
+    assert size >= len(text), f"{len(text)} bytes of header in a room of {room}"
+    return struct.pack("<Q", size) + text.ljust(size)
+
+
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file; CorruptFile unless every byte of it is accounted for."""
+    try:
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            if size > HEADER_LIMIT:
+                raise ValueError(f"a header of {size} bytes")
+            fields = json.loads(file.read(size))
+        metadata = {str(key): str(value) for key, value in fields.pop("__metadata__", {}).items()}
+        tensors, expected = {}, 0
+        for name, field in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = field["dtype"], tuple(field["shape"]), field["data_offsets"]
+            if start != expected or stop - start != nbytes(dtype, shape) or min(shape, default=0) < 0:
+                raise ValueError(f"{name} does not fit its place")
+            tensors[name] = Tensor(dtype, shape, 8 + size + start, stop - start)
+            expected = stop
+        if 8 + size + expected != path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size} bytes where the header says {8 + size + expected}")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise CorruptFile(f"{path.name} is not a whole safetensors file: {error}") from None
+    return tensors, metadata
+
+
+def read_tensor(path: Path, tensor: Tensor) -> NDArray[Any]:
+    """The tensor as a read-only view of the mapped file."""
+    dtype = DTYPES[tensor.dtype]
+    if not tensor.nbytes:
+        return np.empty(tensor.shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
+
+
+class Extent(NamedTuple):
+    """A stretch of a file, `data` instead where the bytes are at hand."""
+
+    path: Path | None
+    offset: int
+    nbytes: int
+    data: bytes = b""
+
+
+def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str]) -> list[Extent]:
+    """The call file of these sequences, as the stretches that make it up: nothing of the rows is read here."""
+    parts = [(sequence, path, read_header(path)[0]) for sequence, path in spooled]
+    counts = [tensors["position"].shape[0] for _, _, tensors in parts]
+    n_rows = sum(counts)
+    _, _, first = parts[0]
+    metadata = {
+        "call": call,
+        "points": json.dumps(points),
+        "sequences": msgspec.json.encode([sequence for sequence, _, _ in parts]).decode(),
+    }
+    shapes = {
+        "rows": (first["rows"].dtype, (n_rows, *first["rows"].shape[1:])),
+        "position": ("I32", (n_rows,)),
+        "token_id": ("I32", (n_rows,)),
+        "choice": ("I32", (n_rows,)),
+    }
+    head = header(shapes, metadata)
+    extents = [Extent(None, 0, len(head), head)]
+    for name in ("rows", "position", "token_id"):
+        extents += [Extent(path, t[name].offset, t[name].nbytes) for _, path, t in parts]
+    choices = np.repeat(np.array([s.choice for s, _, _ in parts], "<i4"), counts).tobytes()
+    return [*extents, Extent(None, 0, len(choices), choices)]
+
+
+class CallFile:
+    """A call's activations as they came over the wire, validated; the rows stay on disk until they are read."""
+
+    def __init__(self, path: Path) -> None:
+        """CorruptFile if the file is torn, misses a tensor or contradicts itself."""
+        self.path = path
+        tensors, metadata = read_header(path)
+        try:
+            self.points: list[str] = msgspec.json.decode(metadata["points"], type=list[str])
+            self.sequences = msgspec.json.decode(metadata["sequences"], type=list[Sequence])
+            self.call = metadata["call"]
+            self._rows = tensors["rows"]
+            self.position, self.token_id, self.choice = (
+                read_tensor(path, tensors[name]) for name in ("position", "token_id", "choice")
+            )
+            n_rows, n_points, self.hidden_size = self._rows.shape
+        except (KeyError, ValueError, msgspec.MsgspecError) as error:
+            raise CorruptFile(f"{path.name} is not a call file: {error}") from None
+        if n_points != len(self.points) or any(len(a) != n_rows for a in (self.position, self.token_id, self.choice)):
+            raise CorruptFile(f"{path.name} is not a call file: {n_rows} rows of {n_points} points do not match")
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of the rows' dtype: BF16, F16 or F32."""
+        return self._rows.dtype
+
+    @property
+    def n_rows(self) -> int:
+        return self._rows.shape[0]
+
+    @property
+    def rows(self) -> NDArray[Any]:
+        """[rows, points, hidden], mapped."""
+        return read_tensor(self.path, self._rows)

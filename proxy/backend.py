@@ -1,0 +1,91 @@
+"""The worker, as the proxy sees it: what it offers, and the claiming of a call's activations."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from episodes.errors import CaptureLost
+from episodes.messages import parse_object
+from episodes.records import Model
+from proxy.config import Config
+
+CLAIM_WAIT_S = 20.0
+RETRY_S = 0.5
+CHUNK = 1 << 20
+
+
+class Backend:
+    """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
+
+    def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
+        self.url = config.backend.rstrip("/")
+        self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
+        self._session = session
+        self._timeout_s = config.claim_timeout_s
+        self._foreign = False
+        self.model: Model | None = None
+
+    async def capabilities(self) -> Model | None:
+        """What the worker records; None while it cannot be reached and for a backend that is not ours."""
+        if self.model is None and not self._foreign:
+            try:
+                async with self._session.get(f"{self.url}/v1/capabilities", headers=self.headers) as reply:
+                    body = await reply.read()
+            except (aiohttp.ClientError, TimeoutError):
+                return None
+            try:
+                self.model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
+            except msgspec.MsgspecError:
+                self.model = None
+            self._foreign = self.model is None and reply.status < 500
+        return self.model
+
+    async def ready(self) -> bool:
+        try:
+            async with self._session.get(f"{self.url}/health", headers=self.headers) as reply:
+                return reply.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def claim(self, call: str, into: Path) -> None:
+        """Write a call's activations to a file; CaptureLost, with the reason, if they cannot be had."""
+        deadline = time.monotonic() + self._timeout_s
+        trouble = "the worker had not finished it"
+        while time.monotonic() < deadline:
+            try:
+                if await self._fetch(call, into):
+                    return
+            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                trouble = f"the worker could not be reached: {error or type(error).__name__}"
+                await asyncio.sleep(RETRY_S)
+        raise CaptureLost(f"not claimed in {self._timeout_s:.0f} s: {trouble}")
+
+    async def _fetch(self, call: str, into: Path) -> bool:
+        headers = self.headers | {"Accept-Encoding": "identity"}
+        url = f"{self.url}/v1/activations/{call}"
+        async with self._session.get(url, params={"wait_s": str(CLAIM_WAIT_S)}, headers=headers) as reply:
+            if reply.status == 202:
+                return False
+            if reply.status in (404, 410):
+                fields = parse_object(await reply.read()) or {}
+                raise CaptureLost(str((fields.get("error") or {}).get("message") or f"HTTP {reply.status}"))
+            reply.raise_for_status()
+            with into.open("wb") as file:
+                async for chunk in reply.content.iter_chunked(CHUNK):
+                    await asyncio.to_thread(file.write, chunk)
+        return True
+
+    async def forget(self, call: str) -> None:
+        """Tell the worker that a call's activations are stored, or not wanted. It is told once: a worker that cannot
+        be reached has lost them anyway or keeps them until it restarts.
+        """
+        try:
+            async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
+                pass
+        except (aiohttp.ClientError, TimeoutError):
+            return

@@ -1,0 +1,27 @@
+"""The proxy's configuration, built once by the command line and passed down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
+
+    aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
+    """
+
+    backend: str
+    data: Path
+    run: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    episode_idle_s: float = 300.0
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    backend_key: str | None = None
+    compression: Literal["zstd", "none"] = "zstd"
+    claim_timeout_s: float = 600.0

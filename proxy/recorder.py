@@ -1,0 +1,203 @@
+"""The recorder: what happens to a call after its reply, off the client's path.
+
+Claim its activations, write them, append the call to the journal (the commit), tell the worker to forget them; seal
+episodes that have been quiet, and everything at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import msgspec
+
+from episodes.errors import CaptureLost, CorruptFile
+from episodes.layout import Layout, check_name
+from episodes.messages import JSON
+from episodes.records import Call
+from episodes.store import Store
+from episodes.threads import Place, Threads
+from proxy.backend import Backend
+from proxy.config import Config
+
+logger = logging.getLogger("tautap.proxy")
+
+CLAIMS_AT_ONCE = 16
+PENDING_LIMIT = 4096
+
+T = TypeVar("T")
+
+
+class Recording:
+    """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
+
+    def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore) -> None:
+        self.threads = Threads()
+        self._store = store
+        self._backend = backend
+        self._slots = slots
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
+        # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
+        self._start = uuid.uuid4().hex[:8]
+        self._n_lost = 0
+        self._described = False
+        self._pending: Counter[str] = Counter()
+        self._touched: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
+        store = await asyncio.to_thread(Store, layout, config.compression)
+        recording = cls(store, backend, slots)
+        for episode in store.history.episodes.values():
+            if episode.unsealed:
+                recording._touched[episode.id] = time.monotonic()
+        return recording
+
+    async def describe(self) -> None:
+        """Note the worker's model as soon as it is known; WrongModel if the run was recorded with another."""
+        if self._described:
+            return
+        model = await self._backend.capabilities()
+        if model is not None:
+            await self._on_disk(self._store.describe, model)
+            self._described = True
+
+    @property
+    def salt(self) -> str:
+        """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
+        return f"{self._store.run.run}/{self._start}.{self._n_lost}"
+
+    @property
+    def full(self) -> bool:
+        """Whether so many calls wait to be committed that no more should be taken."""
+        return len(self._tasks) >= PENDING_LIMIT
+
+    def place(self, call: str, messages: list[JSON] | None, episode: str | None) -> Place:
+        """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
+        place = self.threads.place(call, messages, episode)
+        self._pending[place.episode] += 1
+        return place
+
+    def record(self, call: Call, claim: bool, foreign: JSON) -> None:
+        """Take a finished call, whatever became of it. claim: the worker may have activations of it."""
+        task = asyncio.create_task(self._record(call, claim, foreign))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _record(self, call: Call, claim: bool, foreign: JSON) -> None:
+        draft = self._store.draft(call.id)
+        try:
+            if claim:
+                call = await self._claim(call)
+            data = msgspec.json.encode(foreign) if foreign else None
+            await self._commit(call, data)
+            if claim:
+                await self._backend.forget(call.id)
+        except Exception:
+            logger.exception("call %s could not be recorded", call.id)
+        finally:
+            draft.unlink(missing_ok=True)
+            self._pending[call.episode] -= 1
+            self._touched[call.episode] = time.monotonic()
+
+    async def _claim(self, call: Call) -> Call:
+        async with self._slots:
+            try:
+                await self._backend.claim(call.id, self._store.draft(call.id))
+            except CaptureLost as error:
+                return self._lost(call, str(error))
+        return call
+
+    def _lost(self, call: Call, reason: str) -> Call:
+        """The call without its activations. What it computed may be cached, so a new epoch begins."""
+        logger.warning("call %s: no activations: %s", call.id, reason)
+        self._n_lost += 1
+        return msgspec.structs.replace(call, lost=reason)
+
+    async def _commit(self, call: Call, foreign: bytes | None) -> None:
+        draft = self._store.draft(call.id)
+        claim = draft if call.lost is None and draft.exists() else None
+        try:
+            await self._on_disk(self._store.commit, call, claim, foreign)
+        except CorruptFile as error:
+            await self._on_disk(self._store.commit, self._lost(call, str(error)), None, foreign)
+
+    async def seal(self, idle_s: float) -> int:
+        """Seal every episode with no call under way and none for `idle_s`; returns how many."""
+        now = time.monotonic()
+        quiet = [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
+        for episode in quiet:
+            del self._touched[episode], self._pending[episode]
+            self.threads.close(episode)
+            await self._on_disk(self._store.seal, episode)
+        if quiet:
+            await self._on_disk(self._store.roll)
+        return len(quiet)
+
+    async def close(self) -> None:
+        """Record what is under way, seal everything, roll the index."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.seal(0)
+        await self._on_disk(self._store.roll)
+        await self._on_disk(self._store.close)
+        self._disk.shutdown()
+
+    async def _on_disk(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+
+class Recorder:
+    """The runs that a proxy writes, opened as they are named, and the task that seals what has gone quiet."""
+
+    def __init__(self, config: Config, backend: Backend) -> None:
+        self._config = config
+        self._backend = backend
+        self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
+        self._runs: dict[str, Recording] = {}
+        self._opening = asyncio.Lock()
+        self._sealing: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Open the default run, so that a directory that cannot be used stops the proxy here."""
+        await self.run(None)
+        self._sealing = asyncio.create_task(self._seal_when_quiet())
+
+    async def run(self, name: str | None) -> Recording:
+        """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
+        name = check_name("run", name or self._config.run)
+        if name not in self._runs:
+            async with self._opening:
+                if name not in self._runs:
+                    layout = Layout(self._config.data / name)
+                    opened = await Recording.open(layout, self._config, self._backend, self._slots)
+                    self._runs[name] = opened
+        recording = self._runs[name]
+        await recording.describe()
+        return recording
+
+    async def _seal_when_quiet(self) -> None:
+        idle_s = self._config.episode_idle_s
+        while True:
+            await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
+            for recording in list(self._runs.values()):
+                try:
+                    await recording.seal(idle_s)
+                except Exception:
+                    logger.exception("sealing failed; it is tried again")
+
+    async def close(self) -> None:
+        if self._sealing is not None:
+            self._sealing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._sealing
+        for recording in self._runs.values():
+            await recording.close()

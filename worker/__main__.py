@@ -1,0 +1,150 @@
+"""`tautap worker`: settle what to record, then become vLLM's own API server with our worker class and middleware.
+
+A child that vLLM spawns does not import this module again: nothing but the command line lives here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+USAGE = "tautap worker [MODEL] [--layers 8,12,16] [--hook-points output] [options] [any vLLM flag]"
+EPILOG = """\
+MODEL, if given, comes first: a Hugging Face name or a local directory. Without one the embedded
+SmolLM2-135M-Instruct runs, which needs no GPU and no model hub.
+
+Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tensor-parallel-size,
+--tool-call-parser, --api-key, …). The server listens on 127.0.0.1:8001 unless --host and --port say otherwise.
+Prefix caching and chunked prefill stay on. The model runs eagerly: observers do not fire inside compiled graphs.
+"""
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the worker; exits with 2 on bad input, with the reason on standard error."""
+    from episodes.errors import BadInput, TautapError
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        command, env = plan(arguments, dict(os.environ))
+    except BadInput as error:
+        sys.exit(_complain(error, 2))
+    except TautapError as error:
+        sys.exit(_complain(error, 1))
+    os.execve(command[0], command, env)
+
+
+def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command to become and its environment."""
+    from episodes.errors import BadInput
+    from episodes.points import default_layers, name_points, parse_layers
+    from worker.spool import prepare
+
+    model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    ours, vllm_args = _parser().parse_known_args(arguments)
+    if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
+        raise BadInput("the worker needs vLLM and nnsight: pip install 'tautap[worker]' (GPU) or 'tautap[worker-cpu]'")
+    defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001"}
+    if model is None and _value(vllm_args, "--model") is None:
+        from worker import smollm
+
+        model = str(smollm.ensure(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tautap"))
+        defaults |= smollm.VLLM_ARGS
+        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    if model is not None:
+        defaults["--model"] = model
+    for flag, value in defaults.items():
+        if _value(vllm_args, flag) is None and flag not in vllm_args:
+            vllm_args += [flag] if value is None else [flag, value]
+    n_layers = _n_layers(_value(vllm_args, "--model") or "", "--trust-remote-code" in vllm_args)
+    layers = default_layers(n_layers) if ours.layers is None else parse_layers(ours.layers)
+    points = name_points(layers, ours.hook_points.split(","), n_layers)
+    spool = Path(ours.spool_dir or _spool_home() / f"tautap-spool-{_value(vllm_args, '--port')}")
+    try:
+        prepare(spool)
+    except OSError as error:
+        raise BadInput(f"--spool-dir {spool} cannot be written: {error.strerror}") from None
+    recorder = {
+        "spool_dir": str(spool),
+        "spool_bytes": ours.spool_bytes,
+        "buffer_bytes": ours.buffer_bytes,
+        "points": points,
+    }
+    additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {"tautap": recorder}
+    env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
+    module = "vllm.entrypoints.openai.api_server"
+    own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
+    own += ["--additional-config", json.dumps(additional), "--enforce-eager"]
+    return [sys.executable, "-m", module, *vllm_args, *own], env
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tautap worker", usage=USAGE, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, description="Serve a model with vLLM and record its activations.",
+    )  # fmt: skip
+    parser.add_argument("--layers", metavar="N,N", help="layers to record (default: 8,12,16, or the model's quarters)")
+    parser.add_argument("--hook-points", default="output", metavar="H,H", help="output, input, attn, mlp (%(default)s)")
+    parser.add_argument("--spool-dir", metavar="DIR", help="where rows wait to be claimed (default: in /dev/shm)")
+    parser.add_argument("--spool-bytes", type=_bytes, default=4 << 30, metavar="N", help="bound of the spool (4G)")
+    parser.add_argument("--buffer-bytes", type=_bytes, default=1 << 30, metavar="N", help="rows in memory (1G)")
+    return parser
+
+
+def _bytes(text: str) -> int:
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        return int(number) * UNITS[unit]
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, or a number with K, M, G or T") from None
+
+
+def _value(args: list[str], flag: str) -> str | None:
+    """What a flag is set to in vLLM's arguments, `--flag value` or `--flag=value`."""
+    for i, arg in enumerate(args):
+        if arg == flag and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _take(args: list[str], flag: str) -> str | None:
+    """The flag's value, and the flag gone from the arguments."""
+    value = _value(args, flag)
+    if flag in args:
+        i = args.index(flag)
+        del args[i : i + 2]
+    else:
+        args[:] = [arg for arg in args if not arg.startswith(f"{flag}=")]
+    return value
+
+
+def _n_layers(model: str, trust_remote_code: bool) -> int:
+    from transformers import AutoConfig
+
+    from episodes.errors import BadInput
+
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _spool_home() -> Path:
+    shm = Path("/dev/shm")
+    return shm if os.access(shm, os.W_OK) else Path("/tmp")
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"tautap worker: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

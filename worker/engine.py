@@ -1,0 +1,107 @@
+"""vLLM's worker classes with the recorder inside: named to vLLM by `--worker-cls`, nothing of vLLM is patched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from episodes.errors import BadInput
+from episodes.wire import DTYPE_CODES
+from worker.orders import XARG, Config
+from worker.recorder import CudaLane, Lane, Recorder
+from worker.tap import Tap
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class RecordingRunner(GPUModelRunner):
+    """A V1 model runner that labels and records the rows of each step.
+
+    source: vllm 0.32, v1/worker/gpu_model_runner.py: `_update_states` learns of requests, `_model_forward` runs the
+    model once `input_batch` is in the order of the rows and says how many tokens of each request are computed.
+    """
+
+    recorder: Recorder | None = None
+    _scheduled: dict[str, int] | None = None
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        if get_pp_group().world_size > 1:
+            raise BadInput("tautap does not record under pipeline parallelism: use --tensor-parallel-size")
+        if self.speculative_config is not None:
+            raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
+        if get_tensor_model_parallel_rank() != 0:
+            return  # the residual stream is the same on every rank: the first one records
+        model_config = self.model_config
+        self.tap = Tap(self.get_model(), model_config.get_total_num_hidden_layers())
+        self.recorder = Recorder(
+            msgspec.convert(self.vllm_config.additional_config[XARG], Config),
+            self.tap,
+            model_config.dtype,
+            DTYPE_CODES[str(model_config.dtype).removeprefix("torch.")],
+            model_config.get_hidden_size(),
+            CudaLane() if current_platform.is_cuda() else Lane(),
+        )
+
+    def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
+        if self.recorder is not None:
+            self.recorder.retire(scheduler_output.finished_req_ids)
+            for new in scheduler_output.scheduled_new_reqs:
+                extra_args = new.sampling_params.extra_args if new.sampling_params else None
+                self.recorder.admit(new.req_id, extra_args, new.prompt_token_ids or [])
+        return super()._update_states(scheduler_output)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        self._scheduled = scheduler_output.num_scheduled_tokens
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            self._scheduled = None  # a dummy run that comes by `_model_forward` belongs to nobody
+
+    def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        recorder = self.recorder
+        if recorder is None or self._scheduled is None or input_ids is None:
+            return super()._model_forward(input_ids, *args, **kwargs)
+        step = recorder.plan(self._batch(self._scheduled), input_ids.device)
+        if step is None:
+            return super()._model_forward(input_ids, *args, **kwargs)
+        self.tap.open(step.points, step.receive)
+        try:
+            output = super()._model_forward(input_ids, *args, **kwargs)
+        finally:
+            self.tap.close()
+        recorder.hand_over(step, input_ids)
+        return output
+
+    def _batch(self, scheduled: dict[str, int]) -> list[tuple[str, int, int]]:
+        """(request, first position, rows) in the order of the rows: the batch's, not the scheduler's."""
+        computed = self.input_batch.num_computed_tokens_cpu
+        return [(r, int(computed[i]), scheduled[r]) for i, r in enumerate(self.input_batch.req_ids)]
+
+
+def recording(runner: Any) -> None:
+    """Turn a runner that vLLM built into a RecordingRunner of its own kind: it gains methods, its state stays."""
+    built = type(runner)
+    if not issubclass(built, GPUModelRunner):
+        raise BadInput(f"tautap records vLLM's V1 model runner, not {built.__module__}: set VLLM_USE_V2_MODEL_RUNNER=0")
+    runner.__class__ = type(f"Recording{built.__name__}", (RecordingRunner, built), {})
+
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as EngineWorker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as EngineWorker
+
+
+class RecordingWorker(EngineWorker):
+    """vLLM's worker for this platform, CPU or CUDA, whose runner records."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        recording(self.model_runner)

@@ -1,0 +1,166 @@
+"""The ledger: what the API server knows of each captured call, and where its rows lie in the spool.
+
+The engine process writes rows; only the API server knows which sequences a request became, what tokens the client
+was given and when the request was over. A call's activations are there once both have said so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from episodes import wire
+from episodes.errors import CaptureLost
+from worker.orders import XARG, Order
+from worker.spool import FAILED, WHOLE, spooled
+
+# A request that the client dropped while it was queued never reaches the runner: nothing of it will be spooled.
+ABORT_GRACE_S = 5.0
+CALL_LIMIT = 10_000
+
+
+@dataclass
+class Growing:
+    """A sequence as the client's choice sees it."""
+
+    prompt_token_ids: list[int] = field(default_factory=list)
+    completion_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    n_cached: int = 0
+
+
+@dataclass
+class Call:
+    """A captured call. `ended_at` is monotonic seconds, None while the request runs."""
+
+    id: str
+    points: list[str]
+    sequences: list[Growing] = field(default_factory=list)
+    ended_at: float | None = None
+
+    def order(self, n: int) -> Order:
+        """Take in a request of n sequences and say what the engine must be told of it."""
+        first = len(self.sequences)
+        self.sequences += [Growing() for _ in range(n)]
+        return Order(self.id, self.points, first)
+
+    def note(self, first: int, output: Any, delta: bool) -> None:
+        """Take in one of vLLM's RequestOutputs; `delta` if it brings only what is new."""
+        for part in output.outputs:
+            sequence = self.sequences[first + part.index]
+            if output.prompt_token_ids:
+                sequence.prompt_token_ids = list(output.prompt_token_ids)
+            if delta:
+                sequence.completion_token_ids.extend(part.token_ids)
+            else:
+                sequence.completion_token_ids = list(part.token_ids)
+            sequence.finish_reason = part.finish_reason or sequence.finish_reason
+            sequence.n_cached = output.num_cached_tokens or sequence.n_cached
+
+
+class Ledger:
+    """The captured calls of one API server, oldest first; the oldest ended one goes when there are too many."""
+
+    def __init__(self, spool: Path) -> None:
+        self.spool = spool
+        self._calls: dict[str, Call] = {}
+
+    def open(self, call_id: str, points: list[str]) -> Call:
+        if len(self._calls) >= CALL_LIMIT:
+            oldest = next((c for c in self._calls.values() if c.ended_at is not None), None)
+            if oldest is not None:
+                self.forget(oldest.id)
+        self._calls[call_id] = call = Call(call_id, points)
+        return call
+
+    def close(self, call: Call) -> None:
+        call.ended_at = time.monotonic()
+
+    def find(self, call_id: str) -> Call | None:
+        return self._calls.get(call_id)
+
+    def forget(self, call_id: str) -> bool:
+        """Drop a call and its files; False if there was none."""
+        call = self._calls.pop(call_id, None)
+        if call is None:
+            return False
+        for choice in range(len(call.sequences)):
+            for suffix in (WHOLE, FAILED):
+                spooled(self.spool, call.id, choice, suffix).unlink(missing_ok=True)
+        return True
+
+    def collect(self, call: Call) -> list[wire.Extent] | None:
+        """The call file's stretches, None while they are not all there; CaptureLost with the reason for never."""
+        if call.ended_at is None:
+            return None
+        if not call.sequences:
+            raise CaptureLost("the engine ran no sequence of this call that could be captured")
+        abandoned = time.monotonic() - call.ended_at > ABORT_GRACE_S
+        found: list[tuple[wire.Sequence, Path]] = []
+        for choice, growing in enumerate(call.sequences):
+            failed = spooled(self.spool, call.id, choice, FAILED)
+            if failed.exists():
+                raise CaptureLost(failed.read_text())
+            path = spooled(self.spool, call.id, choice)
+            if path.exists():
+                found.append((self._sequence(choice, growing, path), path))
+            elif growing.finish_reason is not None or not abandoned:
+                return None
+        if not found:
+            raise CaptureLost("the request was dropped before the engine ran it")
+        return wire.join(call.id, found, call.points)
+
+    @staticmethod
+    def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:
+        prompt = growing.prompt_token_ids
+        if not prompt:  # dropped before its first token came out: only the engine knows the prompt
+            prompt = wire.read_tensor(path, wire.read_header(path)[0]["prompt_token_ids"]).tolist()
+        return wire.Sequence(choice, prompt, growing.completion_token_ids, growing.finish_reason, growing.n_cached)
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """What is running or waits to be claimed, oldest first."""
+        return [
+            {
+                "call": call.id,
+                "state": "running" if call.ended_at is None else "ended",
+                "bytes": sum(
+                    path.stat().st_size
+                    for choice in range(len(call.sequences))
+                    if (path := spooled(self.spool, call.id, choice)).exists()
+                ),
+            }
+            for call in self._calls.values()
+        ]
+
+    def follow(self, generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
+        """vLLM's `generate`, noting what it gives for the captured calls.
+
+        generate: AsyncLLM.generate of vllm 0.26 to 0.32, called once per prompt, in the order of the prompts
+        """
+
+        def following(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+            extra_args = dict(getattr(sampling_params, "extra_args", None) or {})
+            call = self._calls.get(str(extra_args.pop(XARG, "")))
+            if call is None:
+                return generate(prompt, sampling_params, *args, **kwargs)
+            order = call.order(sampling_params.n)
+            sampling_params.extra_args = extra_args | {XARG: msgspec.to_builtins(order)}
+            outputs = generate(prompt, sampling_params, *args, **kwargs)
+            return self._noting(call, order.first_choice, sampling_params.output_kind.name == "DELTA", outputs)
+
+        return following
+
+    @staticmethod
+    async def _noting(
+        call: Call, first: int, delta: bool, outputs: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[Any, None]:
+        async with aclosing(outputs):
+            async for output in outputs:
+                call.note(first, output, delta)
+                yield output

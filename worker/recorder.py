@@ -1,0 +1,280 @@
+"""The recorder: which rows of a step belong to which call, and the way from the step to the spool.
+
+The step thread plans, stages and hands over; it waits only when `buffer_bytes` of rows are on their way. A writer
+thread does everything slow. An error ends the captures it touches, with its reason, and never the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.orders import XARG, Config, Order
+from worker.spool import SpoolFile, refuse, used_bytes
+from worker.tap import Stream, Tap
+
+logger = logging.getLogger("tautap.recorder")
+
+CHILD = re.compile(r"(\d+)_")
+
+
+class Captured(NamedTuple):
+    """A sequence being captured."""
+
+    call: str
+    choice: int
+    points: tuple[str, ...]
+    prompt: list[int]
+
+
+class Span(NamedTuple):
+    """Rows of one sequence in one step: positions start, start + 1, … are slab rows `at`, `at + 1`, …"""
+
+    request: str
+    start: int
+    n_rows: int
+    at: int
+
+
+class Step(NamedTuple):
+    """What one forward pass will leave: its spans, the batch stretches they lie in, and the staging slab.
+
+    slab: [rows, points, hidden], the engine's dtype and device. stretches: (batch start, batch stop, slab start).
+    """
+
+    spans: list[Span]
+    stretches: list[tuple[int, int, int]]
+    points: tuple[str, ...]
+    slab: Tensor
+    errors: list[str]
+
+    def receive(self, i: int, stream: Stream) -> None:
+        """The tap's hand-over: copy the captured rows of point i into the slab."""
+        if self.errors:
+            return
+        try:
+            for start, stop, at in self.stretches:
+                stream.write(self.slab[at : at + stop - start, i], start, stop)
+        except Exception as error:  # whatever a model's module hands out must not end the engine
+            self.errors.append(f"{self.points[i]}: {error}")
+
+
+class Lane:
+    """From the device to host memory. On the CPU the slab is host memory."""
+
+    def leave(self, slab: Tensor, token_ids: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start the copy; the result, called on the writer thread, waits for it and returns both on the host."""
+        copied = token_ids.clone()
+        return lambda: (slab, copied)
+
+
+class CudaLane(Lane):
+    """An asynchronous copy to pinned memory on a stream of its own."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    def leave(self, slab: Tensor, token_ids: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+        copied = token_ids.clone()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            host = torch.empty(slab.shape, dtype=slab.dtype, pin_memory=True).copy_(slab, non_blocking=True)
+            ids = torch.empty(copied.shape, dtype=copied.dtype, pin_memory=True).copy_(copied, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        for tensor in (slab, copied):
+            tensor.record_stream(self._stream)
+
+        def wait() -> tuple[Tensor, Tensor]:
+            done.synchronize()
+            return host, ids
+
+        return wait
+
+
+@dataclass
+class Writer:
+    """A thread that takes jobs in order; `put` waits while more than `bound` bytes are queued."""
+
+    bound: int
+    _jobs: deque[tuple[int, Callable[[], object]]] = field(default_factory=deque)
+    _queued: int = 0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        threading.Thread(target=self._run, name="tautap-writer", daemon=True).start()
+
+    def put(self, n_bytes: int, job: Callable[[], object]) -> None:
+        with self._changed:
+            # One job larger than the bound goes through alone rather than never.
+            self._changed.wait_for(lambda: not self._queued or self._queued + n_bytes <= self.bound)
+            self._queued += n_bytes
+            self._jobs.append((n_bytes, job))
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._jobs))
+                n_bytes, job = self._jobs.popleft()
+            try:
+                job()
+            except Exception:
+                logger.exception("a capture job failed")
+            del job
+            with self._changed:
+                self._queued -= n_bytes
+                self._changed.notify_all()
+
+
+class Recorder:
+    """One engine's recorder. Everything but the writer's jobs runs on the step thread."""
+
+    def __init__(self, config: Config, tap: Tap, dtype: torch.dtype, dtype_code: str, hidden: int, lane: Lane) -> None:
+        """dtype: the engine's; dtype_code: safetensors' name of it. lane: how rows leave the device."""
+        self._config = config
+        self._tap = tap
+        self._dtype, self._dtype_code, self._hidden = dtype, dtype_code, hidden
+        self._lane = lane
+        self._spool = Path(config.spool_dir)
+        self._writer = Writer(config.buffer_bytes)
+        self._captured: dict[str, Captured] = {}
+        self._files: dict[str, SpoolFile] = {}  # the writer's own
+        for point in config.points:
+            tap.watch(point)
+
+    # ---- the step thread
+
+    def admit(self, request: str, extra_args: dict[str, Any] | None, prompt: list[int]) -> None:
+        """A request has been scheduled for the first time; capture it if its `extra_args` hold an Order."""
+        if not extra_args or request in self._captured:
+            return
+        try:
+            order = msgspec.convert(extra_args[XARG], Order)
+        except (KeyError, msgspec.ValidationError):  # a client's own xarg of that name is no order
+            return
+        child = CHILD.match(request)
+        choice = order.first_choice + (int(child[1]) if child else 0)
+        captured = Captured(order.call, choice, tuple(order.points), prompt)
+        try:
+            for point in captured.points:
+                self._tap.watch(point)
+        except Exception as error:
+            reason = str(error)
+            self._writer.put(0, lambda: refuse(self._spool, f"{order.call}.{choice}", reason))
+            return
+        self._captured[request] = captured
+        self._writer.put(0, lambda: self._open(request, captured))
+
+    def retire(self, requests: Iterable[str]) -> None:
+        """These requests are over, whichever way."""
+        for request in requests:
+            if self._captured.pop(request, None) is not None:
+                self._writer.put(0, partial(self._finish, request))
+
+    def plan(self, batch: Iterable[tuple[str, int, int]], device: torch.device) -> Step | None:
+        """The step that will record this batch, or None if nothing in it is captured.
+
+        batch: (request, first position, rows) in the order of the batch's rows
+        """
+        spans: list[Span] = []
+        stretches: list[tuple[int, int, int]] = []
+        points: dict[str, None] = {}
+        row = at = 0
+        for request, start, n_rows in batch:
+            captured = self._captured.get(request)
+            if captured is not None:
+                spans.append(Span(request, start, n_rows, at))
+                points.update(dict.fromkeys(captured.points))
+                if stretches and stretches[-1][1] == row:
+                    stretches[-1] = (stretches[-1][0], row + n_rows, stretches[-1][2])
+                else:
+                    stretches.append((row, row + n_rows, at))
+                at += n_rows
+            row += n_rows
+        if not spans:
+            return None
+        try:
+            slab = torch.empty((at, len(points), self._hidden), dtype=self._dtype, device=device)
+        except RuntimeError as error:  # no memory left on the device
+            reason = f"no room to stage {at} rows: {error}"
+            for span in spans:
+                self._writer.put(0, partial(self._fail, span.request, reason))
+            return None
+        return Step(spans, stretches, tuple(points), slab, [])
+
+    def hand_over(self, step: Step, input_ids: Tensor) -> None:
+        """The forward pass is done: send the slab on its way. input_ids: [batch rows], what the model was fed."""
+        token_ids = torch.cat([input_ids[start:stop] for start, stop, _ in step.stretches])
+        arrive = self._lane.leave(step.slab, token_ids)
+        self._writer.put(step.slab.nbytes, lambda: self._write(step, arrive))
+
+    # ---- the writer thread
+
+    def _open(self, request: str, captured: Captured) -> None:
+        name = f"{captured.call}.{captured.choice}"
+        used = used_bytes(self._spool)
+        if used >= self._config.spool_bytes:
+            reason = f"the spool is full: {used} of {self._config.spool_bytes} bytes wait to be claimed"
+            return refuse(self._spool, name, reason)
+        try:
+            self._files[request] = SpoolFile(
+                self._spool,
+                captured.call,
+                captured.choice,
+                list(captured.points),
+                self._dtype_code,
+                self._hidden,
+                captured.prompt,
+            )
+        except OSError as error:
+            refuse(self._spool, name, f"the spool cannot be written: {error}")
+
+    def _write(self, step: Step, arrive: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        slab, ids = arrive()
+        # numpy has no bf16: rows travel as bytes, [rows, points, bytes].
+        rows: NDArray[Any] = slab.view(torch.uint8).numpy()
+        token_ids: NDArray[np.int32] = ids.to(torch.int32).numpy()
+        for span in step.spans:
+            file = self._files.get(span.request)
+            if file is None:  # failed earlier
+                continue
+            if step.errors:
+                self._fail(span.request, step.errors[0])
+                continue
+            own = slice(span.at, span.at + span.n_rows)
+            mine = rows[own]
+            if len(file.points) < len(step.points):
+                mine = mine[:, [step.points.index(point) for point in file.points]]
+            try:
+                file.append(span.start, token_ids[own], mine)
+            except OSError as error:
+                self._fail(span.request, f"the spool cannot be written: {error}")
+
+    def _finish(self, request: str) -> None:
+        if request not in self._files:
+            return
+        try:
+            self._files[request].finish()
+            del self._files[request]
+        except OSError as error:
+            self._fail(request, f"the spool cannot be written: {error}")
+
+    def _fail(self, request: str, reason: str) -> None:
+        file = self._files.pop(request, None)
+        if file is not None:
+            logger.error("capture of %s failed: %s", request, reason)
+            file.fail(reason)

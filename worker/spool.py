@@ -1,0 +1,115 @@
+"""The spool: one safetensors file per sequence, appended as steps finish, renamed when it is whole.
+
+    <call>.<choice>.part            growing; its first `room` bytes are kept free for the header
+    <call>.<choice>.safetensors     complete
+    <call>.<choice>.failed          the reason why there is none
+
+The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from episodes.wire import header, nbytes
+
+PART, WHOLE, FAILED = ".part", ".safetensors", ".failed"
+
+
+def spooled(directory: Path, call: str, choice: int, suffix: str = WHOLE) -> Path:
+    return directory / f"{call}.{choice}{suffix}"
+
+
+class SpoolFile:
+    """One sequence's rows on their way to disk."""
+
+    def __init__(
+        self, directory: Path, call: str, choice: int, points: list[str], dtype: str, hidden: int, prompt: list[int]
+    ) -> None:
+        """dtype: safetensors' name. prompt: the prompt's token ids. OSError if the file cannot be made."""
+        self.points = points
+        self._path = spooled(directory, call, choice, "")
+        self._call = call
+        self._dtype, self._hidden = dtype, hidden
+        self._prompt = np.array(prompt, "<i4")
+        self._positions: list[NDArray[np.int32]] = []
+        self._token_ids: list[NDArray[np.int32]] = []
+        self._next = 0
+        self._room = 4096 + len(header({}, {"points": json.dumps(points)}))
+        self._file: BinaryIO = Path(f"{self._path}{PART}").open("wb", buffering=1 << 20)
+        self._file.seek(self._room)
+
+    def append(self, start: int, token_ids: NDArray[np.int32], rows: NDArray[Any]) -> int:
+        """Store the rows of positions start, start + 1, …; returns the bytes written.
+
+        Positions stored already are left out: a request that was preempted computes its rows again, the first stay.
+        rows: [n, points, hidden] of raw elements
+        """
+        skip = min(max(self._next - start, 0), len(token_ids))
+        start, token_ids, rows = start + skip, token_ids[skip:], rows[skip:]
+        if not len(token_ids):
+            return 0
+        data = np.ascontiguousarray(rows)
+        self._file.write(data.data.cast("B"))
+        self._positions.append(np.arange(start, start + len(token_ids), dtype="<i4"))
+        self._token_ids.append(np.array(token_ids, "<i4"))
+        self._next = start + len(token_ids)
+        return data.nbytes
+
+    def finish(self) -> None:
+        """Write the index behind the rows and the header before them, then give the file its name."""
+        position = np.concatenate([np.empty(0, "<i4"), *self._positions])
+        token_id = np.concatenate([np.empty(0, "<i4"), *self._token_ids])
+        for array in (position, token_id, self._prompt):
+            self._file.write(array.data)
+        shapes = {
+            "rows": (self._dtype, (len(position), len(self.points), self._hidden)),
+            "position": ("I32", position.shape),
+            "token_id": ("I32", token_id.shape),
+            "prompt_token_ids": ("I32", self._prompt.shape),
+        }
+        self._file.seek(0)
+        self._file.write(header(shapes, {"call": self._call, "points": json.dumps(self.points)}, self._room))
+        self._file.close()
+        Path(f"{self._path}{PART}").rename(f"{self._path}{WHOLE}")
+
+    def fail(self, reason: str) -> None:
+        """Drop what was written and leave the reason in its place."""
+        self._file.close()
+        Path(f"{self._path}{PART}").unlink(missing_ok=True)
+        refuse(self._path.parent, self._path.name, reason)
+
+
+def refuse(directory: Path, name: str, reason: str) -> None:
+    """Leave a reason where the spool file `<call>.<choice>` would have been."""
+    draft = directory / f"{name}.reason{PART}"
+    draft.write_text(reason)
+    draft.rename(directory / f"{name}{FAILED}")
+
+
+def used_bytes(directory: Path) -> int:
+    """What the spool takes up now."""
+    total = 0
+    for path in directory.iterdir():
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # claimed and deleted meanwhile
+            continue
+    return total
+
+
+def prepare(directory: Path) -> None:
+    """Make the directory and clear what a worker before this one left: nobody can claim it any more."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if path.suffix in (PART, WHOLE, FAILED):
+            path.unlink()
+
+
+def row_nbytes(dtype: str, points: int, hidden: int) -> int:
+    return nbytes(dtype, (points, hidden))
