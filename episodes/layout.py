@@ -22,6 +22,8 @@ dictionary nor statistics and are compressed with zstd level 1 unless the run sa
 
 **calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`.
 
+A page's checksum guards reading; the whole file's CRC-32 is in the journal's seal.
+
 **Journal line**: eight hex digits of the CRC-32 of the JSON, a blank, the JSON (`episodes.records`), a newline.
 
 Every file but the journal appears whole or not at all: written under a name that begins with a dot, synced, renamed,
@@ -32,6 +34,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +98,15 @@ def publish(draft: Path, path: Path) -> None:
         os.fsync(file.fileno())
     draft.rename(path)
     sync_directory(path.parent)
+
+
+def crc32(path: Path) -> int:
+    """The CRC-32 of a file's bytes."""
+    value = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+    return value
 
 
 def sync_directory(path: Path) -> None:

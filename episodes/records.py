@@ -98,12 +98,13 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 
 
 class Seal(msgspec.Struct, frozen=True, tag="seal"):
-    """An episode's rows are in its shard; `calls` are the ones it holds, at is unix seconds."""
+    """An episode's rows are in its shard; `calls` are the ones it holds. crc32: of the whole file. at: unix seconds."""
 
     episode: str
     calls: list[str]
     n_rows: int
     n_bytes: int
+    crc32: int
     at: float
 
 

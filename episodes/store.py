@@ -18,7 +18,7 @@ import zstandard
 from episodes import journal
 from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import Episode, History, Ranges
-from episodes.layout import FORMAT, Layout, publish, whole
+from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Model, Run, Seal
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, write_shard
@@ -121,8 +121,8 @@ class Store:
         kept = [call for call in episode.calls if call.kept]
         if kept and self.run.recorded is not None:
             n_rows = write_shard(shard, kept, self._blocks(episode), self.run.recorded, self.run.compression)
-        n_bytes = shard.stat().st_size if n_rows else 0
-        seal = Seal(name, [call.id for call in episode.calls], n_rows, n_bytes, time.time())
+        n_bytes, checksum = (shard.stat().st_size, crc32(shard)) if n_rows else (0, 0)
+        seal = Seal(name, [call.id for call in episode.calls], n_rows, n_bytes, checksum, time.time())
         self._journal.append(seal)
         self.history.add(seal)
         for thread in {call.thread for call in episode.calls}:
@@ -163,6 +163,15 @@ def _computed(file: CallFile) -> Ranges:
         present[position] = True
         computed[sequence.choice] = runs(present)
     return computed
+
+
+def being_written(layout: Layout) -> bool:
+    """Whether some process has the run open for writing now."""
+    try:
+        _lock(layout).close()
+    except RunLocked:
+        return True
+    return False
 
 
 def _lock(layout: Layout) -> IO[str]:

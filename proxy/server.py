@@ -36,6 +36,7 @@ BODY_LIMIT = 256 << 20
 PATH = re.compile(r"(?:/runs/(?P<run>[^/]+))?(?:/episodes/(?P<episode>[^/]+))?(?P<path>/v1(?:/.*)?)")
 REQUEST_HEADERS = ("Content-Type", "Accept", "User-Agent")
 REPLY_HEADERS = re.compile(r"content-type|retry-after|cache-control|x-request-id|openai-.*|x-ratelimit-.*", re.I)
+GONE = "the client left before the end of the reply"
 # litellm prices a reply by this; without it tau-bench's act and react agents fail on a model without a price.
 OUR_REPLY_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
 
@@ -103,9 +104,11 @@ class Proxy:
             self._session = session
             self._backend = Backend(self._config, session)
             self._recorder = Recorder(self._config, self._backend)
-            await self._recorder.start()
-            yield
-            await self._recorder.close()
+            try:
+                await self._recorder.start()
+                yield
+            finally:
+                await self._recorder.close()
 
     async def _live(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "live"})
@@ -176,12 +179,10 @@ class Proxy:
         try:
             return await self._exchange(request, path, sent, headers, asked, recording)
         except asyncio.CancelledError:
-            asked.error = "the client left before the end of the reply"
+            asked.error = GONE
             raise
-        except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
             asked.error = f"the worker failed: {error or type(error).__name__}"
-            if asked.status:  # part of the reply is out: all that can be done is to break it off
-                raise
             asked.status = 502
             return _error(502, asked.error, "worker_failed")
         finally:
@@ -252,10 +253,17 @@ class Proxy:
             if cutter.rest:
                 await reply.write(cutter.rest)
             await reply.write_eof()
-            return reply
+        except (aiohttp.ClientError, TimeoutError) as error:
+            # Part of the reply is out: all that can be done is to break it off, so that no one takes it for whole.
+            asked.error = f"the worker failed: {error or type(error).__name__}"
+            if request.transport is not None:
+                request.transport.abort()
+        except ConnectionError:
+            asked.error = GONE
         finally:
             if asked.reply is None:
                 asked.reply = messages.assemble(seen)
+        return reply
 
     def _replied(self, asked: Exchange, recording: Recording) -> None:
         """Let the conversation go on from this reply, once; from none if the call failed."""

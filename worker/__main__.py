@@ -125,15 +125,22 @@ def _take(args: list[str], flag: str) -> str | None:
 
 
 def _n_layers(model: str, trust_remote_code: bool) -> int:
-    from transformers import AutoConfig
-
+    """The model's depth, from its config.json where it is local (importing transformers takes seconds)."""
     from episodes.errors import BadInput
 
+    local = Path(model) / "config.json"
+    if local.is_file():
+        config = json.loads(local.read_text())
+        config = config.get("text_config", config)
+        if isinstance(config.get("num_hidden_layers"), int):
+            return int(config["num_hidden_layers"])
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        found = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise BadInput(f"model {model!r} cannot be loaded: {str(error).splitlines()[0]}") from None
-    return int(config.get_text_config().num_hidden_layers)
+    return int(found.get_text_config().num_hidden_layers)
 
 
 def _spool_home() -> Path:

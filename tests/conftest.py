@@ -1,0 +1,209 @@
+"""What the tests share: a stub worker and a proxy in threads, and the real engine, at most one of it at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from episodes.run import Run, open_run
+from proxy.config import Config
+from proxy.server import serve
+from tests.stub import Running, Stub
+from worker.__main__ import plan
+
+# Before anything imports nnsight.
+os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
+
+
+class ProxyThread:
+    """A proxy in a thread with a loop of its own; leaving it drains and seals, as SIGTERM does."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._started = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.config.port}"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.data / self.config.run
+
+    def open(self) -> Run:
+        return open_run(self.run_dir)
+
+    def client(self, path: str = "/v1") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}{path}", api_key="none", max_retries=0)
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException as error:  # handed to the test's thread
+            self._error = error
+        finally:
+            self._started.set()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        ready = asyncio.Event()
+
+        async def tell() -> None:
+            await ready.wait()
+            self._started.set()
+
+        telling = asyncio.create_task(tell())
+        await serve(self.config, self._stop, ready)
+        await telling
+
+    def __enter__(self) -> ProxyThread:
+        self._thread.start()
+        assert self._started.wait(30)
+        if self._error is not None:
+            self._thread.join()
+            raise self._error
+        return self
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(60)
+            assert not self._thread.is_alive(), "the proxy did not stop"
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        if self._error is not None:
+            raise self._error
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def until(condition: Callable[[], bool], what: str, limit_s: float = 20) -> None:
+    """Wait for something another thread or process does."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s} s: {what}"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Iterator[Running]:
+    with Running(Stub(tmp_path / "spool")) as running:
+        yield running
+
+
+@contextmanager
+def proxy_to(backend: str, data: Path, **options: object) -> Iterator[ProxyThread]:
+    settings = {"backend": backend, "data": data, "run": "r", "port": free_port()} | options
+    with ProxyThread(Config(**settings)) as running:  # type: ignore[arg-type]
+        yield running
+
+
+@pytest.fixture
+def proxy(stub: Running, tmp_path: Path) -> Iterator[ProxyThread]:
+    with proxy_to(stub.url, tmp_path / "data") as running:
+        yield running
+
+
+FLOAT32 = ["--dtype", "float32", "--layers", "0,15,29", "--max-model-len", "8192", "--max-num-batched-tokens", "256"]
+BFLOAT16 = ["--layers", "0,15,29", "--max-model-len", "8192"]
+
+
+class Engines:
+    """The real worker, one at a time: asking for another kind stops the one that runs."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._kind: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def get(self, kind: str) -> str:
+        """The base URL of a worker of this kind: `float32`, `bfloat16`, or `stock`, which is vLLM without us."""
+        if kind != self._kind:
+            self.stop()
+            self._start(kind)
+        return self.url
+
+    def _start(self, kind: str) -> None:
+        port = free_port()
+        flags = {"float32": FLOAT32, "bfloat16": BFLOAT16, "stock": FLOAT32}[kind]
+        command = [sys.executable, "-m", "worker", *flags, "--port", str(port)]
+        env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
+        if kind == "stock":
+            command, env = stock(command[3:], env)
+        log = self._logs / f"{kind}.log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdout=output, stderr=output, env=env, start_new_session=True)
+        self._kind, self.url = kind, f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 300
+        while not healthy(self.url):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the {kind} engine did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.25)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(30)
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+        self._process = self._kind = None
+
+
+def stock(flags: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """The command of vLLM's own server with the worker's flags and nothing of ours in it."""
+    command, env = plan(flags, env)
+    for flag in ("--worker-cls", "--middleware", "--additional-config"):
+        at = command.index(flag)
+        del command[at : at + 2]
+    return command, env
+
+
+def model_home() -> Path:
+    """Where the embedded model lies, once a worker has made it."""
+    command, _ = plan([], dict(os.environ))
+    return Path(command[command.index("--model") + 1])
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            return bool(reply.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    running = Engines(tmp_path_factory.mktemp("engines"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def http() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=120) as client:
+        yield client

@@ -1,0 +1,54 @@
+"""The journal: what was appended is read back, and what was damaged is said to be."""
+
+import pytest
+
+from episodes.journal import Broken, Journal, decode, encode, read
+from episodes.records import Call, Kept, Seal
+from episodes.wire import Sequence
+
+CALL = Call(
+    id="c-1", thread="t-1", episode="e", turn=2, attempt=1, endpoint="/v1/completions", model="m", started=1.5,
+    ended=2.5, status=200, first_byte=2.0, request='{"a": "ä"}', reply="{}", points=["layers.1.output"],
+    sequences=[Sequence(0, [1, 2], [3], "stop", 1)], kept=[Kept(0, 1, 2)],
+)  # fmt: skip
+SEAL = Seal("e", ["c-1"], 1, 100, 7, 3.0)
+
+
+def test_records_come_back_as_they_went(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.append(CALL)
+    journal.append(SEAL)
+    journal.close()
+    assert list(read(tmp_path / "j")) == [CALL, SEAL]
+
+
+def test_a_torn_tail_is_cut_off_when_the_journal_is_opened(tmp_path):
+    """A line without its newline was never committed; the next one must not be glued to it."""
+    path = tmp_path / "j"
+    line = encode(CALL)
+    path.write_bytes(line + line[:40])
+    assert [type(r) for r in read(path)] == [Call, Broken]
+    journal = Journal(path)
+    journal.append(SEAL)
+    journal.close()
+    assert list(read(path)) == [CALL, SEAL]
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 12, 60, -2])
+def test_a_changed_byte_is_found(at):
+    """Wherever a bit flips, the line is refused and the ones around it are not."""
+    line = bytearray(encode(CALL))
+    line[at] ^= 1
+    with pytest.raises(Exception, match=r"checksum|cut short"):
+        decode(bytes(line))
+
+
+def test_a_broken_line_does_not_hide_the_next(tmp_path):
+    path = tmp_path / "j"
+    path.write_bytes(b"nonsense\n" + encode(SEAL))
+    broken, seal = read(path)
+    assert isinstance(broken, Broken) and broken.line == 1 and seal == SEAL
+
+
+def test_no_journal_is_an_empty_one(tmp_path):
+    assert list(read(tmp_path / "none")) == []

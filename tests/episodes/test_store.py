@@ -1,0 +1,361 @@
+"""A run on disk: what is committed is read back, live and sealed, and what is damaged is found."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import msgspec
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from episodes.commands import COMMANDS
+from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, RunLocked, UnknownPoint, WrongFormat, WrongModel
+from episodes.layout import Layout, check_name
+from episodes.records import Call, Model
+from episodes.run import open_run
+from episodes.shards import count_nonfinite
+from episodes.store import Store
+from episodes.verify import problems
+from episodes.wire import Sequence, join
+from worker.spool import SpoolFile, spooled
+
+POINTS = ["layers.1.output", "layers.3.output"]
+MODEL = Model("m", "bfloat16", 4, 6, POINTS, {})
+
+
+def vector(tokens, position, point):
+    """The row of a token prefix, the same whoever computes it."""
+    seed = abs(hash((tuple(tokens[: position + 1]), point))) % 2**32
+    return np.random.default_rng(seed).standard_normal(MODEL.hidden_size).astype(ml_dtypes.bfloat16)
+
+
+def expected(tokens, point):
+    return np.array([vector(tokens, p, point) for p in range(len(tokens))])
+
+
+class Writer:
+    """A run in a directory, and calls put into it as a proxy would."""
+
+    def __init__(self, tmp_path, **options):
+        self.spool = tmp_path / "spool"
+        self.spool.mkdir(exist_ok=True)
+        self.layout = Layout(tmp_path / "run")
+        self.store = Store(self.layout, **options)
+        self.store.describe(MODEL)
+
+    def commit(self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1):
+        """A call that computed the rows from `computed` on; its other rows came out of the cache."""
+        sequences = []
+        for choice in range(choices):
+            sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed)
+            tokens = sequence.tokens.tolist()
+            file = SpoolFile(self.spool, name, choice, points, "BF16", MODEL.hidden_size, prompt)
+            rows = [[vector(tokens, p, point) for point in points] for p in range(computed, len(tokens))]
+            file.append(computed, np.array(tokens[computed:], np.int32), np.array(rows).view(np.uint8))
+            file.finish()
+            sequences.append((sequence, spooled(self.spool, name, choice)))
+        claim = self.store.draft(name)
+        extents = join(name, sequences, points)
+        claim.write_bytes(
+            b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
+        )
+        request = json.dumps({"messages": [{"role": "user", "content": f"say {turn}"}] * (2 * turn + 1)})
+        reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "ok"}}]})
+        call = Call(
+            id=name, thread=f"t-{episode}", episode=episode, turn=turn, attempt=0, endpoint="/v1/chat/completions",
+            model="m", started=1.0, ended=2.0, status=200, request=request, reply=reply, points=points,
+        )  # fmt: skip
+        return self.store.commit(call, claim)
+
+    def close(self):
+        self.store.close()
+        return open_run(self.layout.root)
+
+
+def talk(writer):
+    """Three calls: the second goes on from the first, the third shares the first's beginning in another episode."""
+    writer.commit("c1", [1, 2, 3, 4], [5, 6])
+    writer.commit("c2", [1, 2, 3, 4, 5, 6, 7], [8, 9], computed=4, turn=1)
+    writer.commit("c3", [1, 2, 9], [8], computed=2, episode="f")
+
+
+def check_talk(run):
+    for name, tokens in {"c1": [1, 2, 3, 4, 5], "c2": [1, 2, 3, 4, 5, 6, 7, 8], "c3": [1, 2, 9]}.items():
+        call = run.call(name)
+        assert call.token_ids().tolist() == tokens
+        for point in POINTS:
+            found = call.activations(point)
+            assert found.dtype == ml_dtypes.bfloat16 and np.array_equal(found, expected(tokens, point))
+    assert list(problems(run)) == []
+
+
+def test_a_call_is_read_back_stitched_live_and_sealed_and_after_a_restart(tmp_path):
+    """The same arrays come out wherever the rows lie: all live, one episode sealed, all sealed."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    check_talk(open_run(writer.layout.root))
+    writer.store.seal("e")
+    check_talk(open_run(writer.layout.root))
+    assert not (writer.layout.live / "t-e").exists()
+    writer.close()
+    writer = Writer(tmp_path)
+    assert writer.store.seal("e") is None and writer.store.seal("f").n_rows == 1
+    check_talk(writer.close())
+
+
+def test_each_token_is_stored_once(tmp_path):
+    """A row that was recomputed is not stored again; the call refers to the one that is there."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    assert [(k.start, k.stop) for k in writer.store.history.calls["c2"].kept] == [(5, 8)]
+    again = writer.commit("c4", [1, 2, 3, 4], [5, 6], episode="g")
+    assert again.kept == [] and not writer.layout.live_file("t-g", "c4").exists()
+    writer.store.seal("g")
+    assert not writer.layout.shard("g").exists()
+    run = writer.close()
+    assert np.array_equal(run.call("c4").activations(POINTS[0]), expected([1, 2, 3, 4, 5], POINTS[0]))
+    assert [(s.owner.call, s.start, s.stop) for s in run.call("c2").spans()] == [("c1", 0, 5), ("c2", 5, 8)]
+
+
+def test_rows_of_another_spec_are_another_matter(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [3])
+    other = writer.commit("c2", [1, 2], [3], points=["layers.0.output"])
+    assert other.n_kept == 2
+    writer.store.seal("e")
+    run = writer.close()
+    assert run.call("c2").activations("layers.0.output").shape == (2, 4)
+    with pytest.raises(UnknownPoint, match=r"layers\.0\.output.*recorded"):
+        run.call("c1").activations("layers.0.output")
+    assert list(problems(run)) == []
+
+
+def test_an_episode_that_goes_on_after_its_seal_is_sealed_again_whole(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4, 5])
+    writer.store.seal("e")
+    writer.commit("c2", [1, 2, 3, 4, 5, 6], [7], computed=3, turn=1)
+    assert writer.store.seal("e").n_rows == 6
+    run = writer.close()
+    assert np.array_equal(run.call("c2").activations(POINTS[1]), expected([1, 2, 3, 4, 5, 6], POINTS[1]))
+    assert list(problems(run)) == []
+
+
+def test_choices_are_kept_apart(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [10, 20, 30], choices=3)
+    writer.store.seal("e")
+    run = writer.close()
+    for choice in range(3):
+        tokens = [1, 2, 10 + choice, 20 + choice]
+        assert np.array_equal(run.call("c1").activations(POINTS[0], choice), expected(tokens, POINTS[0]))
+    assert run.history.calls["c1"].n_kept == 2 + 3 * 2
+
+
+def test_many_rows_make_several_row_groups(tmp_path):
+    writer = Writer(tmp_path)
+    prompt = list(range(5000))
+    writer.commit("c1", prompt, [1, 2])
+    writer.store.seal("e")
+    with pq.ParquetFile(writer.layout.shard("e")) as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [4096, 905]
+        assert file.metadata.row_group(0).column(9).statistics is None
+    rows = writer.close().call("c1").activations(POINTS[0])
+    assert np.array_equal(rows[[0, 4095, 4096, 5000]], expected([*prompt, 1], POINTS[0])[[0, 4095, 4096, 5000]])
+
+
+def test_missing_rows_are_said_to_be_missing(tmp_path):
+    """A call that hit the cache for rows nobody stored has a hole, and everyone is told where."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3, 4], [5], computed=2)
+    writer.store.roll()
+    run = writer.close()
+    with pytest.raises(MissingRows, match="0 to 2"):
+        run.call("c1").activations(POINTS[0])
+    assert [p for p in problems(run) if "no rows for positions 0 to 2" in p]
+    row = pq.read_table(run.layout.calls).to_pylist()[0]
+    assert row["n_missing"] == 2 and row["spans"][0]["call"] is None
+
+
+def test_nonfinite_elements_are_counted(tmp_path):
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
+        values = np.array([[1, np.nan, -np.inf], [np.inf, 0, 65504]], dtype)
+        assert count_nonfinite(values) == 3
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1], [2])
+    writer.store.seal("e")
+    writer.close()
+    about = pq.read_metadata(writer.layout.shard("e")).metadata
+    assert json.loads(about[b"nonfinite"]) == {p: 0 for p in POINTS}
+
+
+def test_the_index_tables_say_what_the_run_holds(tmp_path):
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.seal("e")
+    writer.store.roll()
+    writer.close()
+    calls = pq.read_table(writer.layout.calls)
+    assert calls["call"].to_pylist() == ["c1", "c2", "c3"] and calls["n_rows"].to_pylist() == [5, 3, 1]
+    assert calls["n_missing"].to_pylist() == [0, 0, 0]
+    episodes = {row["episode"]: row for row in pq.read_table(writer.layout.episodes).to_pylist()}
+    assert (episodes["e"]["status"], episodes["f"]["status"]) == ("sealed", "live")
+    assert (episodes["e"]["n_rows"], episodes["e"]["n_shared"], episodes["e"]["n_turns"]) == (8, 5, 2)
+
+
+def test_a_shard_is_compressed_or_not_as_the_run_says(tmp_path):
+    sizes = {}
+    for compression in ("zstd", "none"):
+        (tmp_path / compression).mkdir()
+        writer = Writer(tmp_path / compression, compression=compression)
+        writer.commit("c1", [1] * 500, [2])
+        writer.store.seal("e")
+        with pq.ParquetFile(writer.layout.shard("e")) as file:
+            sizes[compression] = file.metadata.row_group(0).column(9).compression
+        writer.close()
+    assert sizes == {"zstd": "ZSTD", "none": "UNCOMPRESSED"}
+
+
+# ---- what cannot be
+
+
+def test_a_run_has_one_writer(tmp_path):
+    writer = Writer(tmp_path)
+    with pytest.raises(RunLocked, match="process"):
+        Store(writer.layout)
+    writer.close()
+    Store(writer.layout).close()
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    Writer(tmp_path).close()
+    path = tmp_path / "run" / "run.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(WrongFormat, match="format 2"):
+        open_run(tmp_path / "run")
+    with pytest.raises(WrongFormat, match="format 2"):
+        Store(Layout(tmp_path / "run"))
+
+
+def test_another_model_is_refused(tmp_path):
+    writer = Writer(tmp_path)
+    with pytest.raises(WrongModel, match=r"hidden_size 4.*8"):
+        writer.store.describe(msgspec.structs.replace(MODEL, hidden_size=8))
+    writer.close()
+
+
+def test_rows_of_another_model_are_refused(tmp_path):
+    writer = Writer(tmp_path)
+    file = SpoolFile(writer.spool, "c1", 0, POINTS, "F32", 4, [1])
+    file.append(0, np.array([1], np.int32), np.zeros((1, 2, 4), np.float32))
+    file.finish()
+    claim = writer.store.draft("c1")
+    extents = join("c1", [(Sequence(0, [1], [2]), spooled(writer.spool, "c1", 0))], POINTS)
+    claim.write_bytes(b"".join(e.data or e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents))
+    call = Call(
+        id="c1", thread="t", episode="e", turn=0, attempt=0, endpoint="", model="m", started=0, ended=0, status=200
+    )
+    with pytest.raises(CorruptFile, match="F32"):
+        writer.store.commit(call, claim)
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["", "..", ".x", "a/b", "a\\b", "a b", "x" * 200, "a\0"])
+def test_a_name_that_could_leave_the_directory_is_refused(name):
+    with pytest.raises(BadName, match="letters, digits"):
+        check_name("episode", name)
+
+
+def test_what_is_not_a_run_says_so(tmp_path):
+    with pytest.raises(BadRun, match=r"run\.json"):
+        open_run(tmp_path)
+    Writer(tmp_path).close()
+    with pytest.raises(BadName, match="no call"):
+        open_run(tmp_path / "run").call("c9")
+
+
+# ---- damage
+
+
+def damaged(tmp_path, harm, sealed=True):
+    writer = Writer(tmp_path)
+    talk(writer)
+    if sealed:
+        writer.store.seal("e")
+    writer.close()
+    harm(writer.layout)
+    return "\n".join(problems(open_run(writer.layout.root)))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "sealed", "says"),
+    [
+        (lambda lo: flip(lo.shard("e"), lo.shard("e").stat().st_size // 3), True, "shards/e.parquet"),
+        (lambda lo: lo.shard("e").unlink(), True, "shards/e.parquet"),
+        (lambda lo: lo.live_file("t-f", "c3").unlink(), True, "call c3"),
+        (lambda lo: lo.live_file("t-e", "c1").write_bytes(b"x"), False, "not a whole safetensors file"),
+        (lambda lo: flip(lo.journal, 30), True, "journal.jsonl, line 1"),
+        (lambda lo: (lo.shards / "z.parquet").write_bytes(b""), True, "shards/z.parquet: no sealed episode"),
+        (lambda lo: (lo.live / ".c.claim").write_bytes(b""), True, "not finished"),
+        (lambda lo: lo.live_file("t-f", "c3").rename(lo.live_file("t-f", "c9")), True, "no call in the journal"),
+    ],
+)
+def test_verify_finds_what_is_damaged(tmp_path, harm, sealed, says):
+    assert says in damaged(tmp_path, harm, sealed)
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path):
+    """By `verify` wherever it is, and by a reader whose page it hits: nothing wrong is ever returned."""
+    writer = Writer(tmp_path, compression="none")
+    talk(writer)
+    writer.store.seal("e")
+    writer.close()
+    shard = writer.layout.shard("e")
+    whole = shard.read_bytes()
+    for at in range(0, len(whole), 97):
+        flip(shard, at)
+        assert list(problems(open_run(writer.layout.root))), at
+        shard.write_bytes(whole)
+    flip(shard, whole.index(expected([1], POINTS[0]).tobytes()))
+    with pytest.raises(OSError, match="CRC"):
+        open_run(writer.layout.root).call("c1").activations(POINTS[0])
+
+
+# ---- commands
+
+
+def invoke(name, *args):
+    command = next(c for c in COMMANDS if c.name == name)
+    return CliRunner().invoke(command, [str(a) for a in args])
+
+
+def test_the_commands_read_a_run(tmp_path):
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.close()
+    run = writer.layout.root
+    assert "layers.1.output" in invoke("runs", tmp_path).output
+    listed = invoke("episodes", run).output
+    assert "live" in listed and "2.6" not in listed.splitlines()[0]
+    sealed = invoke("seal", run)
+    assert sealed.exit_code == 0 and sealed.output == "sealed 2 episodes, 9 rows\n"
+    assert "sealed" in invoke("episodes", run).output
+    shown = invoke("show", run, "e").output
+    assert "say 0" in shown and "0–5 of c1, 5–8 stored here" in shown.replace("\n", " ").replace("  ", " ")
+    good = invoke("verify", run)
+    assert good.exit_code == 0 and good.output == "2 episodes, 3 calls, 9 rows: all there\n"
+    writer.layout.shard("e").unlink()
+    assert invoke("verify", run).exit_code == 1
+
+
+def test_seal_says_what_is_no_run(tmp_path):
+    result = invoke("seal", tmp_path)
+    assert isinstance(result.exception, BadRun)

@@ -1,0 +1,117 @@
+"""Which conversation a call belongs to."""
+
+from episodes.threads import Threads
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+class Talk:
+    """Calls of a client, answered at once unless told otherwise."""
+
+    def __init__(self):
+        self.threads = Threads()
+        self.n = 0
+
+    def ask(self, messages, reply="ok", episode=None):
+        self.n += 1
+        place = self.threads.place(f"c{self.n}", messages, episode)
+        if reply is not Ellipsis:
+            self.answer(place, messages, reply, episode)
+        return place
+
+    def answer(self, place, messages, reply, episode=None):
+        replies = [said(r) for r in ([reply] if isinstance(reply, str) else reply or [])]
+        self.threads.replied(place, messages, replies, episode is not None)
+
+
+def test_a_call_continues_the_thread_whose_reply_it_echoes():
+    talk = Talk()
+    first = talk.ask([user("a")], "one")
+    second = talk.ask([user("a"), said("one"), user("b")], "two")
+    third = talk.ask([user("a"), said("one"), user("b"), said("two"), user("c")])
+    assert [p.turn for p in (first, second, third)] == [0, 1, 2]
+    assert len({p.thread for p in (first, second, third)}) == 1 and first.episode == first.thread
+
+
+def test_another_reply_is_another_conversation():
+    talk = Talk()
+    first = talk.ask([user("a")], "one")
+    assert talk.ask([user("a"), said("else"), user("b")]).thread != first.thread
+
+
+def test_identical_conversations_are_told_apart_one_to_one():
+    talk = Talk()
+    openings = [talk.ask([user("a")], "same") for _ in range(3)]
+    assert len({p.thread for p in openings}) == 3
+    nexts = [talk.ask([user("a"), said("same"), user("b")], ...) for _ in range(3)]
+    assert {p.thread for p in nexts} == {p.thread for p in openings}
+    assert {p.turn for p in nexts} == {1}
+
+
+def test_a_thread_waits_for_its_own_reply_before_it_goes_on():
+    talk = Talk()
+    a = talk.ask([user("a")], "x")
+    running = talk.ask([user("a"), said("x"), user("b")], ...)
+    other = talk.ask([user("a"), said("x"), user("b")], ...)
+    assert running.thread == a.thread and other.thread != a.thread
+
+
+def test_a_retry_after_a_failure_is_an_attempt_of_the_same_turn():
+    talk = Talk()
+    first = talk.ask([user("a")], None)
+    again = talk.ask([user("a")], "one")
+    assert (again.thread, again.turn, again.attempt) == (first.thread, 0, 1)
+    assert talk.ask([user("a"), said("one"), user("b")]).turn == 1
+
+
+def test_a_repeat_after_a_good_reply_is_an_attempt_once_the_talk_is_under_way():
+    talk = Talk()
+    talk.ask([user("a")], "one")
+    messages = [user("a"), said("one"), user("b")]
+    first, again = talk.ask(messages, "two"), talk.ask(messages, "three")
+    assert (again.thread, again.turn, again.attempt) == (first.thread, 1, 1)
+    assert talk.ask([*messages, said("three"), user("c")]).turn == 2
+
+
+def test_any_choice_can_be_continued():
+    talk = Talk()
+    first = talk.ask([user("a")], ["one", "two"])
+    assert talk.ask([user("a"), said("two"), user("b")]).thread == first.thread
+
+
+def test_a_tool_result_continues_the_call():
+    talk = Talk()
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": None, "tool_calls": [call]}
+    place = talk.ask([user("a")], ...)
+    talk.threads.replied(place, [user("a")], [asked], False)
+    tool = {"role": "tool", "tool_call_id": "1", "content": "4"}
+    assert talk.ask([user("a"), {**asked, "content": ""}, tool]).thread == place.thread
+
+
+def test_a_named_episode_keeps_its_calls_together():
+    talk = Talk()
+    a, b = talk.ask([user("a")], "x", "e1"), talk.ask([user("other")], "y", "e1")
+    c = talk.ask([user("a"), said("x"), user("b")], "z", "e1")
+    assert {p.episode for p in (a, b, c)} == {"e1"} and a.thread == c.thread != b.thread
+    assert talk.ask([user("a"), said("x"), user("b")], "z").episode != "e1"
+
+
+def test_calls_without_messages_are_threads_of_their_own():
+    talk = Talk()
+    assert talk.ask(None).thread != talk.ask(None).thread
+    assert talk.ask([]).turn == 0
+
+
+def test_a_closed_episode_is_continued_by_nobody():
+    talk = Talk()
+    first = talk.ask([user("a")], "one")
+    talk.threads.close(first.episode)
+    assert talk.ask([user("a"), said("one"), user("b")]).thread != first.thread
+    assert not talk.threads._waiting.get((None, b""))

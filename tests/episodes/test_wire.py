@@ -1,0 +1,142 @@
+"""The wire: the capture header, and call files made out of spool files."""
+
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from episodes.errors import BadCapture, CorruptFile, UnknownPoint
+from episodes.wire import DTYPES, CallFile, Capture, Collect, Sequence, header, join, read_header
+from worker.spool import SpoolFile, spooled
+
+POINTS = ["layers.1.output", "layers.3.output"]
+
+
+def test_a_capture_survives_its_header():
+    for capture in (Capture("c-1"), Capture("c-1", "run/1", ("layers.1.output",))):
+        assert Capture.parse(capture.header()) == capture
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"salt": "x"}', '{"call": 3}'])
+def test_a_bad_header_says_what_is_wrong(text):
+    with pytest.raises(BadCapture, match="X-Tautap-Capture"):
+        Capture.parse(text)
+
+
+def spool(tmp_path, call, sequences, hidden=4):
+    """Spool files of random rows, and those rows."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for sequence, start in sequences:
+        file = SpoolFile(tmp_path, call, sequence.choice, POINTS, "BF16", hidden, sequence.prompt_token_ids)
+        tokens = sequence.tokens[start:]
+        made = rng.standard_normal((len(tokens), len(POINTS), hidden)).astype(DTYPES["BF16"])
+        file.append(start, tokens, made.view(np.uint8))
+        file.finish()
+        rows.append(made)
+    return rows
+
+
+def joined(tmp_path, call, sequences):
+    """The call file, put together from its stretches as the server does."""
+    path = tmp_path / f"{call}.whole"
+    extents = join(call, [(s, spooled(tmp_path, call, s.choice)) for s, _ in sequences], POINTS)
+    path.write_bytes(
+        b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
+    )
+    return path
+
+
+def test_sequences_join_into_one_call_file(tmp_path):
+    """Rows, positions and tokens of every choice come through, from the first row that each one computed."""
+    sequences = [(Sequence(0, [5, 6, 7], [8, 9], "stop", 2), 2), (Sequence(1, [5, 6, 7], [4], "length", 0), 0)]
+    rows = spool(tmp_path, "c", sequences)
+    file = CallFile(joined(tmp_path, "c", sequences))
+    assert (file.call, file.points, file.dtype, file.hidden_size) == ("c", POINTS, "BF16", 4)
+    assert file.sequences == [s for s, _ in sequences]
+    assert file.choice.tolist() == [0, 0, 1, 1, 1] and file.position.tolist() == [2, 3, 0, 1, 2]
+    assert file.token_id.tolist() == [7, 8, 5, 6, 7]
+    assert np.array_equal(file.rows, np.concatenate(rows))
+
+
+def test_the_format_is_safetensors(tmp_path):
+    """The library itself reads what we write by hand."""
+    sequences = [(Sequence(0, [5, 6], [7, 8]), 0)]
+    (rows,) = spool(tmp_path, "c", sequences)
+    for path in (joined(tmp_path, "c", sequences), spooled(tmp_path, "c", 0)):
+        assert np.array_equal(safetensors.numpy.load_file(path)["rows"], rows)
+
+
+def test_rows_computed_again_are_not_stored_again(tmp_path):
+    """A preempted request runs its tokens again: the first rows stay."""
+    file = SpoolFile(tmp_path, "c", 0, POINTS, "F32", 1, [1, 2, 3])
+    for start, value in ((0, 1), (1, 2), (2, 3)):
+        file.append(start, np.array([1, 2][: 3 - start], np.int32), np.full((2, 2, 1), value, np.float32)[: 3 - start])
+    file.finish()
+    tensors = safetensors.numpy.load_file(spooled(tmp_path, "c", 0))
+    assert tensors["position"].tolist() == [0, 1, 2] and tensors["rows"][:, 0, 0].tolist() == [1, 1, 2]
+
+
+def test_a_sequence_has_no_row_for_its_last_token():
+    assert Sequence(0, [1, 2], [3, 4, 5]).tokens.tolist() == [1, 2, 3, 4]
+    assert Sequence(0, [1, 2], []).n_positions == 2 == Sequence(0, [1, 2], [3]).n_positions
+
+
+@given(st.data())
+def test_no_damage_goes_unnoticed_or_raises_anything_else(tmp_path_factory, data):
+    """A torn file, a changed header: CorruptFile, and nothing is trusted."""
+    tmp_path = tmp_path_factory.mktemp("wire")
+    spool(tmp_path, "c", [(Sequence(0, [5, 6, 7], [8]), 0)])
+    path = joined(tmp_path, "c", [(Sequence(0, [5, 6, 7], [8]), 0)])
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little") + 8
+    if data.draw(st.booleans()):
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    else:
+        damaged = bytearray(whole)
+        damaged[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(bytes(damaged))
+    try:
+        file = CallFile(path)
+    except CorruptFile:
+        return
+    assert file.rows.shape == (file.n_rows, len(file.points), file.hidden_size)
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(header({"rows": ("F32", (1000, 1000, 1000))}, {}) + b"\0" * 8)
+    with pytest.raises(CorruptFile, match="x is not a whole safetensors file"):
+        read_header(path)
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(CorruptFile):
+        read_header(path)
+
+
+def test_collect_activations_takes_the_names_that_clients_send():
+    asked = Collect.parse({"layers": [3, 1], "hook_points": ["output", "attn.output"], "positions": [-1]})
+    assert asked.points(POINTS, 6) == ["layers.3.output", "layers.3.attn", "layers.1.output", "layers.1.attn"]
+    assert Collect.parse(True).points(POINTS, 6) == POINTS
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "says"),
+    [
+        ({"layers": "8"}, BadCapture, r"layers"),
+        ({"encoding_format": "hex"}, BadCapture, r"hex"),
+        ([1], BadCapture, r"collect_activations"),
+        ({"layers": []}, BadCapture, r"no point"),
+        ({"layers": [6]}, UnknownPoint, r"layers 0 to 5"),
+        ({"hook_points": ["logits"]}, UnknownPoint, r"output, input, attn, mlp"),
+    ],
+)
+def test_a_wrong_collect_activations_says_what_is_accepted(value, error, says):
+    with pytest.raises(error, match=says):
+        Collect.parse(value).points(POINTS, 6)
+
+
+def test_a_sequence_survives_json():
+    sequence = Sequence(1, [1], [2], "stop", 1)
+    assert msgspec.json.decode(msgspec.json.encode(sequence), type=Sequence) == sequence

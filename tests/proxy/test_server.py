@@ -1,0 +1,441 @@
+"""The proxy in front of the stub: what clients see, and what is recorded of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import openai
+import pyarrow.parquet as pq
+import pytest
+
+from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
+from episodes.run import open_run
+from episodes.verify import problems
+from tests.conftest import free_port, healthy, proxy_to, until
+from tests.stub import HIDDEN, MODEL, POINTS, Running, Stub, render, rows
+
+SYSTEM = {"role": "system", "content": "You are a clerk. " * 10}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def converse(client, name, turns=3, stream=False, system=SYSTEM):
+    """A conversation of so many turns; returns its messages."""
+    messages = [system]
+    for turn in range(turns):
+        messages.append(user(f"{name}, turn {turn}"))
+        reply = client.chat.completions.create(model=MODEL, messages=messages, stream=stream)
+        if stream:
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
+        else:
+            text = reply.choices[0].message.content
+        messages.append({"role": "assistant", "content": text})
+    return messages
+
+
+def check_rows(run):
+    """Every call that was captured has every row, and every row is the one that its tokens make."""
+    assert list(problems(run)) == []
+    for call_id in run.history.calls:
+        call = run.call(call_id)
+        for sequence in call.record.sequences:
+            tokens = sequence.tokens.tolist()
+            expected = rows(tokens, call.record.points)
+            for i, point in enumerate(call.record.points):
+                assert np.array_equal(call.activations(point, sequence.choice), expected[:, i])
+
+
+def committed(proxy, n):
+    until(lambda: len(proxy.open().history.calls) >= n, f"{n} calls in the journal")
+    return proxy.open()
+
+
+# ---- the main job
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_conversations_at_once_become_sealed_episodes(proxy, stream):
+    """Four conversations in flight: four episodes of three turns, every row once, shared ones shared."""
+    threads = [threading.Thread(target=converse, args=(proxy.client(), f"talk {i}", 3, stream)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    proxy.stop()
+    run = proxy.open()
+    check_rows(run)
+    episodes = run.episodes.to_pylist()
+    assert [e["status"] for e in episodes] == ["sealed"] * 4
+    assert [(e["n_calls"], e["n_turns"]) for e in episodes] == [(3, 3)] * 4
+    assert all(e["n_missing"] == 0 for e in episodes)
+    assert sum(e["n_shared"] for e in episodes) > sum(e["n_rows"] for e in episodes)
+    stored = [(c.id, k.choice, p) for c in run.history.calls.values() for k in c.kept for p in range(k.start, k.stop)]
+    assert len(stored) == len(set(stored)) == sum(e["n_rows"] for e in episodes)
+    assert pq.read_table(run.layout.episodes)["n_rows"].to_pylist() == [e["n_rows"] for e in episodes]
+
+
+def test_what_the_engine_saw_is_what_is_recorded(proxy):
+    messages = [user("Hi")]
+    reply = proxy.client().chat.completions.create(model=MODEL, messages=messages)
+    proxy.stop()
+    (call,) = proxy.open().history.calls.values()
+    assert call.sequences[0].prompt_token_ids == render(messages)
+    assert bytes(call.sequences[0].completion_token_ids).decode() == reply.choices[0].message.content
+    assert json.loads(call.request)["messages"] == messages
+    assert json.loads(call.reply)["choices"][0]["message"]["content"] == reply.choices[0].message.content
+    assert call.started <= call.first_byte <= call.ended and call.status == 200 and call.finish_reason == "stop"
+
+
+def test_choices_of_one_call_are_all_recorded(proxy):
+    proxy.client().chat.completions.create(model=MODEL, messages=[user("Hi")], n=3)
+    proxy.client().completions.create(model=MODEL, prompt=["one", "two"], n=2)
+    proxy.stop()
+    run = proxy.open()
+    check_rows(run)
+    assert [len(c.sequences) for c in run.history.calls.values()] == [3, 4]
+
+
+def test_an_episode_is_sealed_when_it_has_been_quiet(stub, tmp_path):
+    with proxy_to(stub.url, tmp_path, episode_idle_s=0.2) as proxy:
+        converse(proxy.client(), "quiet", 2)
+        until(lambda: [e.status for e in proxy.open().history.episodes.values()] == ["sealed"], "a seal")
+        check_rows(proxy.open())
+
+
+def test_live_calls_are_readable_before_any_seal(proxy):
+    converse(proxy.client(), "live", 2)
+    run = committed(proxy, 2)
+    assert [e.status for e in run.history.episodes.values()] == ["live"]
+    check_rows(run)
+
+
+def test_a_run_goes_on_after_a_restart(stub, tmp_path):
+    """The second proxy appends to the run; what the engine still has cached is not relied upon."""
+    for _ in range(2):
+        with proxy_to(stub.url, tmp_path) as proxy:
+            converse(proxy.client(), "again", 2)
+    run = proxy.open()
+    assert len(run.history.calls) == 4
+    check_rows(run)
+    assert {c.n_kept for c in list(run.history.calls.values())[2:]} == {0}
+
+
+# ---- transparency
+
+
+def test_the_client_sees_the_workers_own_bytes(stub, proxy, http):
+    """Body and status as the worker sent them, but for id and time; of ours only the price header."""
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    ours = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    plain = http.post(f"{stub.url}/v1/chat/completions", json=body)
+    off = http.post(f"{proxy.url}/v1/chat/completions", json=body | {"collect_activations": False})
+    replies = [{k: v for k, v in r.json().items() if k not in ("id", "created")} for r in (ours, plain, off)]
+    assert replies[0] == replies[1] == replies[2]
+    assert ours.headers["x-litellm-response-cost"] == "0"
+    assert not [name for name in ours.headers if "tautap" in name]
+    assert b"cache_salt" not in ours.content and "activations" not in ours.text
+
+
+def test_a_stream_is_passed_on_event_by_event(stub, proxy):
+    """Each event reaches the client before the next one is made."""
+    stub.stub.token_s = 0.05
+    times = []
+    for _ in proxy.client().chat.completions.create(model=MODEL, messages=[user("Hi")], stream=True):
+        times.append(time.monotonic())
+    gaps = np.diff(times[1:])
+    assert len(gaps) >= 5 and np.median(gaps) > 0.03
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models?x=1"])
+def test_everything_else_under_v1_passes_through(proxy, stub, http, path):
+    assert http.get(f"{proxy.url}{path}").json() == http.get(f"{stub.url}{path}").json()
+
+
+def test_the_workers_store_is_not_reachable_through_the_proxy(proxy, http):
+    for path in ("/v1/activations", "/v1/activations/c-1", "/nowhere"):
+        reply = http.get(f"{proxy.url}{path}")
+        assert reply.status_code == 404 and set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_clients_credentials_stay_with_the_proxy(stub, proxy, http):
+    headers = {"Authorization": "Bearer secret", "Cookie": "a=b", "X-Custom": "y"}
+    http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]}, headers=headers)
+    seen = stub.stub.headers[-1]
+    assert not {"cookie", "authorization", "x-custom"} & set(seen)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[1]", b'{"model": "nobody", "messages": [{"role": "user", "content": "x"}]}'])
+def test_the_workers_errors_come_through_unchanged(stub, proxy, http, body):
+    headers = {"content-type": "application/json"}
+    ours = http.post(f"{proxy.url}/v1/chat/completions", content=body, headers=headers)
+    plain = http.post(f"{stub.url}/v1/chat/completions", content=body, headers=headers)
+    assert (ours.status_code, ours.content) == (plain.status_code, plain.content)
+    assert ours.status_code in (400, 404)
+    assert [c.status for c in committed(proxy, 1).history.calls.values()] == [ours.status_code]
+
+
+def test_an_alias_names_a_served_model(stub, tmp_path):
+    with proxy_to(stub.url, tmp_path, aliases={"gpt-4o": MODEL}) as proxy:
+        proxy.client().chat.completions.create(model="gpt-4o", messages=[user("Hi")])
+    assert stub.stub.bodies[-1]["model"] == MODEL
+    check_rows(proxy.open())
+
+
+# ---- what a call asks for itself
+
+
+def test_a_call_can_choose_its_own_points(proxy, http):
+    body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": {"layers": [0], "hook_points": ["output"]}}
+    reply = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    assert "activations" not in reply.text and reply.status_code == 200
+    proxy.stop()
+    run = proxy.open()
+    (call,) = run.history.calls.values()
+    assert call.points == ["layers.0.output"]
+    check_rows(run)
+
+
+def test_a_call_can_ask_not_to_be_captured(proxy, http):
+    body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": False}
+    http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    proxy.stop()
+    (call,) = proxy.open().history.calls.values()
+    assert call.points == [] and call.lost is None and call.status == 200
+
+
+@pytest.mark.parametrize(("asked", "says"), [({"layers": [77]}, "layers 0 to 5"), ("x", "collect_activations")])
+def test_a_wrong_wish_is_refused_in_openais_shape(proxy, http, asked, says):
+    body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": asked}
+    reply = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    assert reply.status_code == 400 and says in reply.json()["error"]["message"]
+
+
+def test_episodes_and_runs_can_be_named(proxy, http):
+    """By header, by base URL, by both kinds of path at once."""
+    client = proxy.client()
+    create = client.chat.completions.create
+    create(model=MODEL, messages=[user("a")], extra_headers={"X-Episode-Id": "mine"})
+    converse(proxy.client("/episodes/mine/v1"), "b", 2)
+    converse(proxy.client("/runs/other/v1"), "c", 1)
+    converse(proxy.client("/runs/other/episodes/theirs/v1"), "d", 1)
+    proxy.stop()
+    mine, other = proxy.open(), open_run(proxy.config.data / "other")
+    assert list(mine.history.episodes) == ["mine"] and len(mine.history.calls) == 3
+    assert len(other.history.episodes) == 2 and "theirs" in other.history.episodes
+    for run in (mine, other):
+        check_rows(run)
+
+
+@pytest.mark.parametrize("path", ["/runs/..%2Fx/v1", "/episodes/.hidden/v1", "/runs/a%00b/v1", "/episodes/a%20b/v1"])
+def test_a_name_cannot_leave_the_data_directory(proxy, http, path):
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    reply = http.post(f"{proxy.url}{path}/chat/completions", json=body)
+    assert reply.status_code in (400, 404) and "error" in reply.json()
+    assert {p.name for p in proxy.config.data.iterdir()} == {"r"}
+
+
+# ---- when things go wrong
+
+
+def test_a_worker_that_is_down_is_502_and_in_the_journal(tmp_path, http):
+    with proxy_to(f"http://127.0.0.1:{free_port()}", tmp_path) as proxy:
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        reply = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+        assert reply.status_code == 502 and "worker" in reply.json()["error"]["message"]
+        assert http.get(f"{proxy.url}/v1/models").status_code == 502
+        assert http.get(f"{proxy.url}/health/ready").status_code == 503
+        assert http.get(f"{proxy.url}/health/live").status_code == 200
+    (call,) = proxy.open().history.calls.values()
+    assert call.status == 502 and "worker" in call.error
+
+
+def test_a_retry_after_a_failure_is_the_same_turn(stub, proxy):
+    stub.stub.faults = ["500"]
+    client = proxy.client()
+    with pytest.raises(openai.InternalServerError):
+        client.chat.completions.create(model=MODEL, messages=[user("Hi")])
+    client.chat.completions.create(model=MODEL, messages=[user("Hi")])
+    proxy.stop()
+    run = proxy.open()
+    calls = sorted(run.history.calls.values(), key=lambda c: c.attempt)
+    assert [(c.status, c.turn, c.attempt) for c in calls] == [(500, 0, 0), (200, 0, 1)]
+    assert len({c.thread for c in calls}) == 1
+    check_rows(run)
+
+
+def test_activations_that_are_lost_are_journalled_with_the_reason(stub, proxy):
+    """The client is not disturbed, and what the lost call computed is computed again for the next."""
+    stub.stub.engine.fail_captures = "the spool is full"
+    first = converse(proxy.client(), "lost", 1)
+    committed(proxy, 1)
+    stub.stub.engine.fail_captures = None
+    messages = [*first, user("more")]
+    proxy.client().chat.completions.create(model=MODEL, messages=messages)
+    proxy.stop()
+    run = proxy.open()
+    lost, good = run.history.calls.values()
+    assert lost.lost == "the spool is full" and lost.kept == [] and lost.thread == good.thread
+    assert good.n_kept == good.n_positions
+    assert list(problems(run)) == [f"call {lost.id}: no activations: the spool is full"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_breaks_off_is_recorded_as_broken(stub, proxy, http, stream):
+    stub.stub.faults = ["cut"]
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": stream}
+    if stream:
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    else:
+        assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 502
+    converse(proxy.client(), "next", 1)
+    calls = committed(proxy, 2).history.calls.values()
+    assert sorted(call.error or "" for call in calls)[0] == ""
+    assert [call for call in calls if call.error and "worker failed" in call.error]
+
+
+def test_a_reply_that_is_no_json_is_passed_on_and_recorded(stub, proxy, http):
+    stub.stub.faults = ["garbage"]
+    reply = http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]})
+    assert reply.content == b"<html>"
+    assert len(committed(proxy, 1).history.calls) == 1
+
+
+def test_a_client_that_leaves_is_recorded(stub, proxy):
+    """The call is in the journal with what it had, and the next call works."""
+    stub.stub.token_s = 0.05
+    reply = proxy.client().chat.completions.create(model=MODEL, messages=[user("Hi")], stream=True)
+    next(iter(reply))
+    reply.close()
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert "client left" in call.error and call.lost is None
+    assert 0 < call.n_kept == call.n_positions and len(call.sequences[0].completion_token_ids) < 5
+    stub.stub.token_s = 0
+    converse(proxy.client(), "next", 1)
+    committed(proxy, 2)
+
+
+def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http):
+    """Taken out of the reply, streamed or not, and stored with the call."""
+    import zstandard
+
+    foreign = Stub(tmp_path / "spool")
+    foreign.foreign = {
+        "activations": {"layer_8_output": {"data": [1.5]}},
+        "activation_collection_status": {"requested": True},
+    }
+    with Running(foreign, captures=False) as backend, proxy_to(backend.url, tmp_path / "data") as proxy:
+        body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": {"layers": [8]}}
+        plain = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+        streamed = http.post(f"{proxy.url}/v1/chat/completions", json=body | {"stream": True})
+        assert "activation" not in plain.text and "activation" not in streamed.text
+        assert plain.json()["choices"] and "[DONE]" in streamed.text
+    assert foreign.bodies[-1]["collect_activations"] == {"layers": [8]}
+    run = proxy.open()
+    for call in run.history.calls.values():
+        assert call.foreign and call.points == []
+        kept = json.loads(zstandard.decompress(run.layout.foreign_file(call.id).read_bytes()))
+        assert kept == foreign.foreign
+
+
+# ---- start and stop
+
+
+def test_a_data_directory_that_cannot_be_written_stops_the_proxy(stub, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(BadInput, match="cannot be written"), proxy_to(stub.url, blocked):
+        pass
+
+
+def test_a_port_in_use_stops_the_proxy(stub, proxy, tmp_path):
+    taken = proxy.config.port
+    with (
+        pytest.raises(BadInput, match=f"cannot listen on 127.0.0.1:{taken}"),
+        proxy_to(stub.url, tmp_path / "x", port=taken),
+    ):
+        pass
+
+
+def test_a_second_proxy_on_a_run_is_refused(stub, proxy):
+    with pytest.raises(RunLocked), proxy_to(stub.url, proxy.config.data):
+        pass
+
+
+def test_a_run_of_another_format_or_model_is_refused(stub, tmp_path):
+    with proxy_to(stub.url, tmp_path):
+        pass
+    path = tmp_path / "r" / "run.json"
+    text = path.read_text()
+    path.write_text(text.replace('"format": 1', '"format": 7'))
+    with pytest.raises(WrongFormat, match="format 7"), proxy_to(stub.url, tmp_path):
+        pass
+    path.write_text(text.replace(f'"hidden_size": {HIDDEN}', '"hidden_size": 4'))
+    with pytest.raises(WrongModel, match="hidden_size"), proxy_to(stub.url, tmp_path):
+        pass
+
+
+def test_the_command_drains_and_seals_on_sigterm(stub, tmp_path):
+    """A call still under way when the signal comes is answered, recorded and sealed."""
+    stub.stub.token_s = 0.1
+    port = free_port()
+    command = [sys.executable, "-m", "proxy", "proxy", "--backend", stub.url, "--data", str(tmp_path), "--run", "r"]
+    with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: healthy(url.replace("/health", "")) or _live(url), "the proxy")
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
+        replies = []
+        talking = threading.Thread(target=lambda: replies.append(converse(client, "last", 1)))
+        talking.start()
+        until(lambda: bool(stub.stub.bodies), "the call at the worker")
+        os.kill(process.pid, signal.SIGTERM)
+        talking.join()
+        assert process.wait(30) == 0, process.stdout.read()
+    assert replies and replies[0][-1]["content"]
+    run = open_run(tmp_path / "r")
+    assert [e.status for e in run.history.episodes.values()] == ["sealed"]
+    check_rows(run)
+
+
+def _live(url):
+    try:
+        return httpx.get(f"{url}/health/live").status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["proxy"], 2, "--backend"),
+        (["proxy", "--backend", "http://127.0.0.1:9", "--data", "/dev/null"], 2, "cannot be written"),
+        (["episodes", "/nowhere"], 1, "not a run"),
+        (["runs", "/nowhere"], 1, "no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(args, code, says):
+    done = subprocess.run([sys.executable, "-m", "proxy", *args], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["proxy"], ["up"], ["runs"], ["episodes"], ["show"], ["seal"], ["verify"]])
+def test_every_command_has_help(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "proxy", *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "Usage: tautap" in done.stdout and len(done.stdout.splitlines()) > 5
+
+
+def test_points_of_the_stub_are_its_default(proxy):
+    converse(proxy.client(), "p", 1)
+    proxy.stop()
+    (call,) = proxy.open().history.calls.values()
+    assert call.points == POINTS and proxy.open().about.recorded.points == POINTS

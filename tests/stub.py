@@ -1,0 +1,286 @@
+"""A stub worker: the worker's own middleware, ledger and spool over an engine that only pretends.
+
+Tokens are the bytes of the prompt; a reply is a function of the prompt; a row is a function of the token prefix and the
+point; whole blocks are served from a cache keyed by salt, as vLLM's prefix cache does. It speaks the worker's HTTP
+contract, which `test_contract.py` holds against the real one, and can be told to fail.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from episodes.wire import DTYPES
+from worker.orders import XARG, Config, Order
+from worker.server import CaptureMiddleware
+from worker.spool import SpoolFile, prepare, refuse
+
+MODEL = "stub"
+HIDDEN = 16
+N_LAYERS = 6
+BLOCK = 16
+POINTS = ["layers.1.output", "layers.3.output"]
+DTYPE = DTYPES["BF16"]
+
+
+def render(messages: list[dict[str, Any]]) -> list[int]:
+    """A chat template: the messages as JSON, one token a byte."""
+    kept = [[m.get("role"), m.get("content") or "", m.get("tool_calls") or []] for m in messages]
+    return list("".join(json.dumps(message) for message in kept).encode())
+
+
+def answer(prompt: list[int], choice: int = 0) -> str:
+    """What the stub replies: seven to fourteen letters that depend on the prompt."""
+    digest = hashlib.sha256(bytes(t % 256 for t in prompt) + bytes([choice])).hexdigest()
+    return digest[: 7 + int(digest[0], 16) % 8]
+
+
+def rows(tokens: list[int], points: list[str]) -> np.ndarray:
+    """[tokens, points, HIDDEN]: each token's row, given all before it."""
+    prefix = hashlib.blake2b(digest_size=HIDDEN)
+    found = []
+    for token in tokens:
+        prefix.update(token.to_bytes(4, "little"))
+        for point in points:
+            digest = prefix.copy()
+            digest.update(point.encode())
+            found.append(digest.digest())
+    values = np.frombuffer(b"".join(found), np.uint8).reshape(len(tokens), len(points), HIDDEN)
+    return (values.astype(np.float32) / 64 - 2).astype(DTYPE)
+
+
+class Engine:
+    """What the stub has in place of vLLM's AsyncLLM."""
+
+    def __init__(self, spool: Path, spool_bytes: int = 1 << 30) -> None:
+        self.config = Config(str(spool), spool_bytes, 1 << 30, POINTS)
+        self.cached: set[tuple[str, bytes]] = set()
+        self.fail_captures: str | None = None
+        self.vllm_config = SimpleNamespace(
+            additional_config={XARG: msgspec.to_builtins(self.config)},
+            model_config=SimpleNamespace(
+                served_model_name=MODEL,
+                get_total_num_hidden_layers=lambda: N_LAYERS,
+                get_hidden_size=lambda: HIDDEN,
+                dtype="torch.bfloat16",
+                max_model_len=100_000,
+            ),
+        )
+
+    async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
+        """One token an output, all choices in step, the rows spooled when the last is out."""
+        ids: list[int] = prompt["prompt_token_ids"]
+        replies = [list(answer(ids, i)[: params.max_tokens].encode()) for i in range(params.n)]
+        n_cached = self._n_cached(prompt.get("cache_salt", ""), ids)
+        step = 0
+        try:
+            for step in range(max(map(len, replies))):
+                await asyncio.sleep(params.token_s)
+                outputs = [
+                    SimpleNamespace(
+                        index=i,
+                        token_ids=reply[step : step + 1] if params.output_kind.name == "DELTA" else reply[: step + 1],
+                        finish_reason="stop" if step + 1 >= len(reply) else None,
+                    )
+                    for i, reply in enumerate(replies)
+                    if step < len(reply)
+                ]
+                yield SimpleNamespace(prompt_token_ids=ids, num_cached_tokens=n_cached, outputs=outputs)
+        finally:  # finished, or dropped by its client: what was computed is spooled either way
+            computed = [reply[: step + 1] for reply in replies]
+            self._spool(params.extra_args, ids, computed, n_cached)
+            self._cache(prompt.get("cache_salt", ""), ids + computed[0][:-1])
+
+    def _blocks(self, salt: str, ids: list[int]) -> list[tuple[str, bytes]]:
+        return [(salt, bytes(ids[:stop])) for stop in range(BLOCK, len(ids) + 1, BLOCK)]
+
+    def _cache(self, salt: str, ids: list[int]) -> None:
+        self.cached.update(self._blocks(salt, ids))
+
+    def _n_cached(self, salt: str, ids: list[int]) -> int:
+        """Whole leading blocks in the cache; the last token is always computed."""
+        hits = 0
+        for block in self._blocks(salt, ids[:-1]):
+            if block not in self.cached:
+                break
+            hits += 1
+        return hits * BLOCK
+
+    def _spool(self, extra: dict[str, Any], prompt: list[int], replies: list[list[int]], n_cached: int) -> None:
+        if XARG not in extra:
+            return
+        order = msgspec.convert(extra[XARG], Order)
+        spool = Path(self.config.spool_dir)
+        for i, reply in enumerate(replies):
+            choice = order.first_choice + i
+            if self.fail_captures:
+                refuse(spool, f"{order.call}.{choice}", self.fail_captures)
+                continue
+            tokens = prompt + reply[:-1]
+            file = SpoolFile(spool, order.call, choice, order.points, "BF16", HIDDEN, prompt)
+            computed = rows(tokens, order.points)[n_cached:]
+            file.append(n_cached, np.array(tokens[n_cached:], np.int32), computed.view(np.uint8))
+            file.finish()
+
+
+class Stub:
+    """The HTTP side; `faults` and `engine` can be changed while it runs.
+
+    faults: "garbage" (a 200 that is no JSON), "cut" (the reply breaks off), "429", "500"; one per call to come.
+    """
+
+    def __init__(self, spool: Path, **engine: Any) -> None:
+        prepare(spool)
+        self.engine = Engine(spool, **engine)
+        self.faults: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.token_s = 0.0
+        self.foreign: dict[str, Any] = {}
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [{"id": MODEL}]})),
+            Route("/health", lambda _: Response()),
+        ]
+        self.app = Starlette(routes=routes)
+        self.app.state.engine_client = self.engine
+
+    async def chat(self, request: Request) -> Response:
+        return await self._serve(request, "chat.completion")
+
+    async def completions(self, request: Request) -> Response:
+        return await self._serve(request, "text_completion")
+
+    async def _serve(self, request: Request, kind: str) -> Response:
+        self.headers.append(dict(request.headers))
+        try:
+            body = await request.json()
+            self.bodies.append(body)
+            prompts = self._prompts(body, kind)
+        except (ValueError, KeyError, TypeError) as error:
+            return _error(400, f"bad request: {error!r}")
+        if body.get("model") != MODEL:
+            return _error(404, f"The model `{body.get('model')}` does not exist.")
+        fault = self.faults.pop(0) if self.faults else None
+        if fault in ("429", "500"):
+            return _error(int(fault), "told to fail")
+        if fault == "garbage":
+            return Response(b"<html>", media_type="application/json")
+        n = body.get("n") or 1
+        identity = request.headers.get("x-request-id") or "none"
+        params = [
+            SimpleNamespace(
+                n=n,
+                max_tokens=body.get("max_tokens") or 1000,
+                extra_args=dict(body.get("vllm_xargs") or {}),
+                output_kind=SimpleNamespace(name="DELTA" if body.get("stream") else "FINAL_ONLY"),
+                token_s=self.token_s,
+            )
+            for _ in prompts
+        ]
+        generate = self.engine.generate
+        streams = [
+            generate({"prompt_token_ids": ids, "cache_salt": body.get("cache_salt", "")}, p, f"{identity}-{i}")
+            for i, (ids, p) in enumerate(zip(prompts, params, strict=True))
+        ]
+        head = {"id": f"chatcmpl-{identity}", "object": kind, "created": int(time.time()), "model": MODEL}
+        if body.get("stream"):
+            return StreamingResponse(self._events(streams[0], head, kind, fault), media_type="text/event-stream")
+        texts = [[answer(ids, j)[: params[0].max_tokens] for j in range(n)] for ids in prompts]
+        for stream in streams:
+            async for _ in stream:
+                pass
+        choices = [self._choice(i, text, kind) for i, text in enumerate(t for part in texts for t in part)]
+        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(len(t) for p in texts for t in p)}
+        reply = json.dumps({**head, "choices": choices, "usage": usage, **self.foreign}).encode()
+        if fault == "cut":
+            return StreamingResponse(_cut(reply), headers={"content-type": "application/json"})
+        return Response(reply, media_type="application/json")
+
+    @staticmethod
+    def _prompts(body: dict[str, Any], kind: str) -> list[list[int]]:
+        if kind == "chat.completion":
+            return [render(body["messages"])]
+        prompt = body["prompt"]
+        return [list(text.encode()) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+
+    @staticmethod
+    def _choice(index: int, text: str, kind: str) -> dict[str, Any]:
+        said = {"message": {"role": "assistant", "content": text}} if kind == "chat.completion" else {"text": text}
+        return {"index": index, **said, "finish_reason": "stop"}
+
+    async def _events(self, stream: Any, head: dict[str, Any], kind: str, fault: str | None) -> AsyncIterator[bytes]:
+        def event(index: int, delta: dict[str, Any], reason: str | None) -> bytes:
+            said = {"delta": delta} if kind == "chat.completion" else {"text": delta.get("content", "")}
+            chunk = {**head, "object": f"{kind}.chunk", "choices": [{"index": index, **said, "finish_reason": reason}]}
+            return b"data: " + json.dumps({**chunk, **self.foreign}).encode() + b"\n\n"
+
+        yield event(0, {"role": "assistant", "content": ""}, None)
+        async for output in stream:
+            for part in output.outputs:
+                yield event(part.index, {"content": bytes(part.token_ids).decode()}, part.finish_reason)
+            if fault == "cut":
+                raise ConnectionError("told to cut")
+        yield b"data: [DONE]\n\n"
+
+
+async def _cut(reply: bytes) -> AsyncIterator[bytes]:
+    yield reply[: len(reply) // 2]
+    raise ConnectionError("told to cut")
+
+
+def _error(status: int, message: str) -> Response:
+    kinds = {400: "BadRequestError", 404: "NotFoundError"}
+    error = {"message": message, "type": kinds.get(status, "ServerError"), "param": None, "code": status}
+    return JSONResponse({"error": error}, status)
+
+
+class Running:
+    """A stub on a port of its own, in a thread; `url` is its base."""
+
+    def __init__(self, stub: Stub, captures: bool = True) -> None:
+        """captures: False makes it a backend that is not ours: no middleware, no routes."""
+        self.stub = stub
+        app = CaptureMiddleware(stub.app) if captures else stub.app
+        # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
+        config = uvicorn.Config(_with_app(app, stub.app), port=0, log_level="critical", lifespan="on", ws="none")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        deadline = time.monotonic() + 10
+        while not self._server.started:
+            assert time.monotonic() < deadline and self._thread.is_alive(), "the stub did not start"
+            time.sleep(0.005)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+def _with_app(app: Any, starlette: Starlette) -> Any:
+    async def run(scope: Any, receive: Any, send: Any) -> None:
+        scope["app"] = starlette
+        await app(scope, receive, send)
+
+    return run

@@ -1,0 +1,272 @@
+"""The worker's HTTP contract, held against the stub and against the real vLLM worker alike."""
+
+import json
+import uuid
+
+import httpx
+import numpy as np
+import pytest
+
+from episodes.wire import CAPTURE_HEADER, CallFile, Capture
+from tests.stub import MODEL as STUB_MODEL
+from worker.smollm import NAME as REAL_MODEL
+
+FILLER = "You are a clerk. " * 20
+
+
+@pytest.fixture(params=["stub", pytest.param("engine", marks=pytest.mark.engine)])
+def worker(request, tmp_path):
+    """A client of the worker, with the name of its model."""
+    if request.param == "stub":
+        stub = request.getfixturevalue("stub")
+        url, model = stub.url, STUB_MODEL
+    else:
+        url, model = request.getfixturevalue("engines").get("float32"), REAL_MODEL
+    with httpx.Client(base_url=url, timeout=120) as client:
+        yield Worker(client, model, tmp_path, stub.stub if request.param == "stub" else None)
+
+
+class Worker:
+    def __init__(self, client, model, tmp_path, stub):
+        self.client, self.model, self.tmp_path, self._stub = client, model, tmp_path, stub
+
+    def slow(self):
+        """Make the stub take its time, as the real one does."""
+        if self._stub is not None:
+            self._stub.token_s = 0.05
+
+    def ask(self, text, capture=None, path="/v1/chat/completions", **fields):
+        prompt = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+        headers = {CAPTURE_HEADER: capture.header()} if capture else {}
+        body = {"model": self.model, "max_tokens": 6, "temperature": 0, **prompt, **fields}
+        return self.client.post(path, json=body, headers=headers)
+
+    def claim(self, call, wait_s=20, **headers):
+        return self.client.get(f"/v1/activations/{call}", params={"wait_s": wait_s}, headers=headers)
+
+    def file(self, call):
+        reply = self.claim(call)
+        assert reply.status_code == 200, reply.text
+        path = self.tmp_path / f"{call}.safetensors"
+        path.write_bytes(reply.content)
+        return CallFile(path)
+
+
+def new(salt="", points=None):
+    return Capture(f"c-{uuid.uuid4().hex}", salt or uuid.uuid4().hex, points)
+
+
+def check(file, choices=1):
+    """Every choice has consecutive rows, from what the cache had to the token before the last."""
+    assert len(file.sequences) == choices
+    for sequence in file.sequences:
+        own = file.choice == sequence.choice
+        position = file.position[own]
+        assert position.tolist() == list(range(sequence.n_cached, sequence.n_cached + len(position)))
+        n = sequence.n_positions
+        assert len(position) + sequence.n_cached >= n
+        assert file.token_id[own][: n - sequence.n_cached].tolist() == sequence.tokens[sequence.n_cached :].tolist()
+        assert sequence.finish_reason in ("stop", "length") and sequence.completion_token_ids
+    assert np.isfinite(file.rows.astype(np.float32)).all() and file.rows.shape[1:] == (
+        len(file.points),
+        file.hidden_size,
+    )
+
+
+def test_capabilities_describe_what_is_recorded(worker):
+    about = worker.client.get("/v1/capabilities").json()
+    assert about["activation_collection"] is True and about["model"] == worker.model
+    assert about["supported_layers"] == list(range(about["n_layers"])) and about["points"]
+    assert {"hidden_size", "dtype", "limits", "versions", "max_tokens"} <= set(about)
+    capture = new()
+    assert worker.ask("Hi", capture).status_code == 200
+    file = worker.file(capture.call)
+    assert file.points == about["points"] and file.hidden_size == about["hidden_size"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_captured_call_is_claimed_and_forgotten(worker, stream):
+    """200 with the call file, listed until deleted, 404 afterwards."""
+    capture = new()
+    assert worker.ask("Name a colour.", capture, stream=stream).status_code == 200
+    file = worker.file(capture.call)
+    check(file)
+    listed = worker.client.get("/v1/activations").json()["data"]
+    assert [entry for entry in listed if entry["call"] == capture.call and entry["bytes"] > 0]
+    assert worker.client.delete(f"/v1/activations/{capture.call}").status_code == 204
+    assert worker.claim(capture.call).status_code == 404
+    assert worker.client.delete(f"/v1/activations/{capture.call}").status_code == 404
+
+
+def test_the_rows_come_as_zstd_to_those_who_accept_it(worker):
+    import zstandard
+
+    capture = new()
+    worker.ask("Hi", capture)
+    plain = worker.claim(capture.call, **{"accept-encoding": "identity"})
+    with worker.client.stream("GET", f"/v1/activations/{capture.call}", headers={"accept-encoding": "zstd"}) as reply:
+        packed = b"".join(reply.iter_raw())
+        assert reply.headers["content-encoding"] == "zstd"
+    assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == plain.content
+
+
+def test_a_prefix_is_computed_once_under_one_salt(worker):
+    """The second call brings only what the first did not have; under another salt, everything."""
+    salt = uuid.uuid4().hex
+    first, second, other = new(salt), new(salt), new()
+    for capture in (first, second, other):
+        worker.ask(FILLER, capture)
+    files = [worker.file(c.call) for c in (first, second, other)]
+    for file in files:
+        check(file)
+    n_cached = [file.sequences[0].n_cached for file in files]
+    assert n_cached[0] == n_cached[2] == 0 < n_cached[1] < files[1].sequences[0].n_positions
+
+
+def test_calls_without_capture_share_nothing_with_captured_ones(worker):
+    worker.ask(FILLER + "x", None)
+    capture = new()
+    worker.ask(FILLER + "x", capture)
+    assert worker.file(capture.call).sequences[0].n_cached == 0
+
+
+def test_points_can_be_chosen_per_call(worker):
+    capture = new(points=("layers.2.output", "layers.0.mlp"))
+    assert worker.ask("Hi", capture).status_code == 200
+    assert worker.file(capture.call).points == ["layers.2.output", "layers.0.mlp"]
+
+
+def test_choices_and_prompts_are_sequences_of_their_own(worker):
+    capture = new()
+    prompts = ["One fish", "Two fish, red fish"]
+    reply = worker.ask(prompts, capture, path="/v1/completions", n=2, temperature=1, seed=1)
+    assert reply.status_code == 200
+    file = worker.file(capture.call)
+    check(file, choices=4)
+    lengths = [len(s.prompt_token_ids) for s in file.sequences]
+    assert lengths[0] == lengths[1] != lengths[2] == lengths[3]
+
+
+def test_a_client_that_leaves_leaves_the_rows_that_were_computed(worker):
+    """What was computed is there, and the sequence says that it did not end."""
+    capture = new()
+    body = {"model": worker.model, "stream": True, "messages": [{"role": "user", "content": "Count to a hundred."}]}
+    headers = {CAPTURE_HEADER: capture.header()}
+    worker.slow()
+    with worker.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
+        lines = reply.iter_lines()
+        while "content" not in next(lines):
+            pass
+    file = worker.file(capture.call)
+    (sequence,) = file.sequences
+    assert sequence.finish_reason is None
+    assert file.n_rows >= len(sequence.prompt_token_ids)
+    assert file.position.tolist() == list(range(file.n_rows))
+
+
+def test_a_refused_request_has_no_activations(worker):
+    """The worker's own error, and 410 with a reason for whoever claims."""
+    capture = new()
+    reply = worker.ask("Hi", capture, model="nobody")
+    assert reply.status_code == 404 and "nobody" in reply.json()["error"]["message"]
+    gone = worker.claim(capture.call)
+    assert gone.status_code == 410 and gone.json()["error"]["message"]
+
+
+def test_an_unknown_call_is_404_in_openais_shape(worker):
+    reply = worker.claim("c-nobody", wait_s=0)
+    assert reply.status_code == 404
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [
+        ("{", "X-Tautap-Capture"),
+        ('{"call": "../x"}', "letters, digits"),
+        ('{"call": "c", "points": ["layers.99.output"]}', "layers 0 to"),
+        ('{"call": "c", "points": ["nonsense"]}', "layers.<n>.<hook>"),
+    ],
+)
+def test_a_bad_capture_is_refused_before_the_model_runs(worker, header, says):
+    body = {"model": worker.model, "messages": [{"role": "user", "content": "Hi"}]}
+    reply = worker.client.post("/v1/chat/completions", json=body, headers={CAPTURE_HEADER: header})
+    assert reply.status_code == 400 and says in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"model": 3}', b'"x"'])
+def test_a_malformed_body_gets_the_servers_own_error(worker, body):
+    """With a capture or without, the answer is the same."""
+    headers = {"content-type": "application/json"}
+    plain = worker.client.post("/v1/chat/completions", content=body, headers=headers)
+    captured = worker.client.post(
+        "/v1/chat/completions", content=body, headers=headers | {CAPTURE_HEADER: new().header()}
+    )
+    assert plain.status_code == captured.status_code == 400
+    assert plain.json()["error"]["type"] == captured.json()["error"]["type"]
+
+
+# ---- direct use
+
+
+def test_a_reply_carries_the_activations_that_its_request_asked_for(worker):
+    asked = {"layers": [1, 3], "hook_points": ["output"]}
+    reply = worker.ask("Hi", collect_activations=asked).json()
+    assert reply["choices"][0]["message"]["content"]
+    assert set(reply["activations"]) == {"layer_1_output", "layer_3_output"}
+    status = reply["activation_collection_status"]
+    assert status["successful"] and status["requested_layers"] == [1, 3] and not status["failed_keys"]
+    for field in reply["activations"].values():
+        n_rows, hidden = field["shape"]
+        assert field["positions"] == list(range(n_rows)) and len(field["token_ids"]) == n_rows
+        assert np.array(field["data"]).shape == (n_rows, hidden) and field["total_elements"] == n_rows * hidden
+        assert set(field["statistics"]) == {"mean", "std", "min", "max", "norm"} and field["format"] == "full"
+    call = reply["id"].removeprefix("chatcmpl-")
+    assert worker.claim(call, wait_s=0).status_code == 404, "what was returned is not kept"
+
+
+def test_positions_count_from_the_end_too_and_base64_holds_the_same_values(worker):
+    import base64
+
+    asked = {"layers": [1], "positions": [0, -1]}
+    plain = worker.ask("Hi", collect_activations=asked).json()["activations"]["layer_1_output"]
+    packed = worker.ask("Hi", collect_activations=asked | {"encoding_format": "base64"}).json()
+    field = packed["activations"]["layer_1_output"]
+    assert plain["positions"] == field["positions"] and plain["positions"][0] == 0 and len(plain["positions"]) == 2
+    data = base64.b64decode(field["data_base64"])
+    import ml_dtypes
+
+    dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[field["dtype"]]
+    assert np.array_equal(np.frombuffer(data, dtype).astype(np.float32), np.array(plain["data"], np.float32).ravel())
+
+
+def test_a_large_point_is_sampled_and_says_so(worker):
+    asked = {"layers": [1]}
+    hidden = worker.client.get("/v1/capabilities").json()["hidden_size"]
+    reply = worker.ask("word " * (130_000 // hidden), collect_activations=asked).json()
+    field = reply["activations"]["layer_1_output"]
+    every = field["sampled"]["every"]
+    assert field["format"] == "sampled" and every > 1 and field["total_elements"] > 100_000
+    assert len(field["sample_data"]) == -(-field["total_elements"] // every) <= 100_000
+
+
+def test_a_streamed_reply_is_claimed_under_its_id(worker):
+    reply = worker.ask("Hi", stream=True, collect_activations=True)
+    first = json.loads(reply.text.split("\n\n")[0].removeprefix("data: "))
+    assert "activations" not in reply.text
+    call = first["id"].removeprefix("chatcmpl-")
+    check(worker.file(call))
+    worker.client.delete(f"/v1/activations/{call}")
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"layers": [99]}, "layers 0 to"),
+        ({"hook_points": ["x"]}, "output, input, attn, mlp"),
+        ({"layers": 8}, "layers"),
+    ],
+)
+def test_a_wrong_collect_activations_is_refused(worker, asked, says):
+    reply = worker.ask("Hi", collect_activations=asked)
+    assert reply.status_code == 400 and says in reply.json()["error"]["message"]

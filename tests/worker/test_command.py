@@ -1,0 +1,91 @@
+"""The worker's command line: what it settles before vLLM starts, and what it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from episodes.errors import BadInput, UnknownPoint
+from worker.__main__ import plan
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A model's directory, as far as the command line reads it."""
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "config.json").write_text(json.dumps({"num_hidden_layers": 24}))
+    return str(home)
+
+
+def settled(arguments, tmp_path):
+    """vLLM's flags, and our share of the additional config."""
+    command, env = plan([*arguments, "--spool-dir", str(tmp_path / "spool")], {})
+    assert env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
+    additional = json.loads(command[command.index("--additional-config") + 1])
+    return command, additional
+
+
+def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
+    command, additional = settled(
+        [model, "--max-model-len", "512", "--layers=3,5", "--hook-points", "output,attn.output"], tmp_path
+    )
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert command[command.index("--model") + 1] == model and command[command.index("--max-model-len") + 1] == "512"
+    assert "--layers=3,5" not in command and "--spool-dir" not in command
+    points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
+    assert additional["tautap"]["points"] == points
+    assert command[command.index("--host") + 1] == "127.0.0.1" and "--enforce-eager" in command
+
+
+def test_a_users_additional_config_and_port_are_kept(model, tmp_path):
+    command, additional = settled([model, "--additional-config", '{"a": 1}', "--port=9"], tmp_path)
+    assert additional["a"] == 1 and "tautap" in additional
+    assert command.count("--additional-config") == 1 and "--port" not in command and "--port=9" in command
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(24, [8, 12, 16]), (17, [8, 12, 16]), (16, [4, 8, 12]), (2, [0, 1])])
+def test_layers_default_to_8_12_16_or_the_models_quarters(tmp_path, depth, layers):
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "config.json").write_text(json.dumps({"text_config": {"num_hidden_layers": depth}}))
+    _, additional = settled([str(home)], tmp_path)
+    assert additional["tautap"]["points"] == [f"layers.{n}.output" for n in layers]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layers", "24"], "layers 0 to 23"),
+        (["--layers=8,x"], "layer numbers between commas"),
+        (["--hook-points", "logits"], "output, input, attn, mlp"),
+    ],
+)
+def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_path, arguments, says):
+    with pytest.raises(UnknownPoint, match=says):
+        settled([model, *arguments], tmp_path)
+
+
+def test_a_spool_that_cannot_be_written_is_refused(model):
+    with pytest.raises(BadInput, match="--spool-dir /dev/null/x cannot be written"):
+        plan([model, "--spool-dir", "/dev/null/x"], {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layers", "99"], "layer 99 does not exist: this model has layers 0 to 23"),
+        (["--spool-bytes", "much"], "'much': give bytes"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(model, arguments, says):
+    command = [sys.executable, "-m", "proxy", "worker", model, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_names_our_flags_and_says_where_the_others_go():
+    command = [sys.executable, "-m", "proxy", "worker", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--hook-points" in done.stdout and "vLLM" in done.stdout

@@ -1,0 +1,241 @@
+"""The recorder and the tap on a toy model: which rows of a step end up in which file."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from episodes.errors import UnknownPoint
+from episodes.wire import read_header, read_tensor
+from tests.conftest import until
+from worker.orders import XARG, Config
+from worker.recorder import Lane, Recorder, Writer
+from worker.spool import FAILED, prepare, spooled, used_bytes
+from worker.tap import Stream, Tap, find_blocks
+
+HIDDEN = 4
+N_LAYERS = 3
+
+
+class Block(nn.Module):
+    """A block in vLLM's manner: hidden states and the residual apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.Linear(HIDDEN, HIDDEN)
+        self.mlp = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, positions, hidden_states, residual):
+        residual = hidden_states if residual is None else hidden_states + residual
+        return self.mlp(self.self_attn(residual)), residual
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(100, HIDDEN)
+        self.layers = nn.ModuleList(Block() for _ in range(N_LAYERS))
+
+    def forward(self, input_ids):
+        hidden, residual = self.embed(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(None, hidden, residual)
+        return hidden + residual
+
+
+class Rig:
+    """A recorder over a toy model, stepped by hand as the runner steps it."""
+
+    def __init__(self, tmp_path, points=("layers.0.output",), spool_bytes=1 << 30, buffer_bytes=1 << 30):
+        torch.manual_seed(0)
+        self.model = Toy()
+        self.tap = Tap(self.model, N_LAYERS)
+        self.spool = tmp_path / "spool"
+        prepare(self.spool)
+        config = Config(str(self.spool), spool_bytes, buffer_bytes, list(points))
+        self.recorder = Recorder(config, self.tap, torch.float32, "F32", HIDDEN, Lane())
+
+    def admit(self, request, call, prompt, points=("layers.0.output",), first_choice=0):
+        order = {"call": call, "points": list(points), "first_choice": first_choice}
+        self.recorder.admit(request, {XARG: order}, prompt)
+
+    def step(self, *batch, padding=0):
+        """Run (request, first position, token ids) as one batch."""
+        ids = torch.tensor([t for _, _, tokens in batch for t in tokens] + [0] * padding, dtype=torch.int32)
+        with torch.no_grad():
+            step = self.recorder.plan([(r, start, len(tokens)) for r, start, tokens in batch], ids.device)
+            if step is None:
+                return self.model(ids)
+            self.tap.open(step.points, step.receive)
+            output = self.model(ids)
+            self.tap.close()
+            self.recorder.hand_over(step, ids)
+            return output
+
+    def finish(self, *requests):
+        self.recorder.retire(requests)
+
+    def read(self, call, choice=0):
+        """(positions, token ids, rows) of a finished sequence."""
+        path = spooled(self.spool, call, choice)
+        until(path.exists, f"{path.name}, spool: {list(self.spool.iterdir())}")
+        tensors, _ = read_header(path)
+        return tuple(read_tensor(path, tensors[name]) for name in ("position", "token_id", "rows"))
+
+    def reason(self, call, choice=0):
+        path = spooled(self.spool, call, choice, FAILED)
+        until(path.exists, path.name)
+        return path.read_text()
+
+    def stream(self, tokens, layer):
+        """[tokens, hidden]: the residual stream after a layer. The toy has no attention: a token stands alone."""
+        with torch.no_grad():
+            hidden, residual = self.model.embed(torch.tensor(tokens)), None
+            for block in self.model.layers[: layer + 1]:
+                residual = hidden if residual is None else hidden + residual
+                hidden = block.mlp(block.self_attn(residual))
+            return (hidden + residual).numpy()
+
+
+def test_rows_go_to_their_own_calls(tmp_path):
+    """A mixed batch: two captured requests around one that is not, prefills and decodes, padding at the end."""
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1, 2, 3])
+    rig.admit("b", "cb", [4])
+    rig.step(("a", 0, [1, 2]), ("x", 0, [9, 9]), ("b", 0, [4]), padding=3)
+    rig.step(("b", 1, [5]), ("x", 2, [9]), ("a", 2, [3]))
+    rig.step(("b", 2, [6]), ("a", 3, [7]), padding=6)
+    rig.finish("a", "b", "x")
+    for call, tokens in (("ca", [1, 2, 3, 7]), ("cb", [4, 5, 6])):
+        positions, ids, rows = rig.read(call)
+        assert positions.tolist() == list(range(len(tokens))) and ids.tolist() == tokens
+        assert np.allclose(rows[:, 0], rig.stream(tokens, 0), atol=1e-6)
+
+
+def test_capturing_does_not_change_the_output(tmp_path):
+    rig = Rig(tmp_path, points=["layers.0.output", "layers.1.attn"])
+    plain = rig.step(("x", 0, [1, 2, 3]))
+    rig.admit("a", "ca", [1, 2, 3], points=["layers.0.output", "layers.1.attn"])
+    assert torch.equal(plain, rig.step(("a", 0, [1, 2, 3])))
+    rig.finish("a")
+    assert len(rig.read("ca")[0]) == 3
+
+
+def test_every_hook_reads_what_its_name_says(tmp_path):
+    """`input` of a layer is `output` of the one before; `attn` and `mlp` are what the submodules return."""
+    points = ["layers.1.output", "layers.2.input", "layers.2.attn", "layers.2.mlp", "layers.2.output"]
+    rig = Rig(tmp_path, points)
+    rig.admit("a", "ca", [1, 2], points)
+    rig.step(("a", 0, [1, 2]))
+    rig.finish("a")
+    _, _, rows = rig.read("ca")
+    before, entering, attn, mlp, after = rows.swapaxes(0, 1)
+    assert np.allclose(before, rig.stream([1, 2], 1), atol=1e-6) and np.array_equal(before, entering)
+    block = rig.model.layers[2]
+    with torch.no_grad():
+        assert np.allclose(attn, block.self_attn(torch.tensor(entering.copy())), atol=1e-6)
+        assert np.allclose(mlp, block.mlp(torch.tensor(attn.copy())), atol=1e-6)
+    assert np.allclose(after, entering + mlp, atol=1e-6)
+
+
+def test_calls_of_one_batch_can_record_different_points(tmp_path):
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1], points=["layers.2.output"])
+    rig.admit("b", "cb", [2], points=["layers.1.output", "layers.0.output"])
+    rig.step(("a", 0, [1]), ("b", 0, [2]))
+    rig.finish("a", "b")
+    assert np.allclose(rig.read("ca")[2][0], rig.stream([1], 2), atol=1e-6)
+    rows = rig.read("cb")[2]
+    assert np.allclose(rows[0], [rig.stream([2], 1)[0], rig.stream([2], 0)[0]], atol=1e-6)
+
+
+def test_children_become_choices(tmp_path):
+    rig = Rig(tmp_path)
+    for child in range(2):
+        rig.admit(f"{child}_cmpl-x-0", "c", [1], first_choice=3)
+    rig.step(("0_cmpl-x-0", 0, [1]), ("1_cmpl-x-0", 0, [1]))
+    rig.finish("0_cmpl-x-0", "1_cmpl-x-0")
+    assert rig.read("c", 3)[1].tolist() == rig.read("c", 4)[1].tolist() == [1]
+
+
+def test_rows_computed_again_after_a_preemption_are_not_stored_again(tmp_path):
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1, 2])
+    rig.step(("a", 0, [1, 2]))
+    rig.step(("a", 2, [3]))
+    rig.admit("a", "ca", [1, 2])
+    rig.step(("a", 0, [1, 2, 3, 4]))
+    rig.finish("a")
+    assert rig.read("ca")[0].tolist() == [0, 1, 2, 3] and rig.read("ca")[1].tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("extra", [None, {}, {XARG: "mine"}, {XARG: {"call": 3}}, {"other": 1}])
+def test_a_request_without_an_order_is_not_captured(tmp_path, extra):
+    rig = Rig(tmp_path)
+    rig.recorder.admit("a", extra, [1])
+    assert rig.recorder.plan([("a", 0, 1)], torch.device("cpu")) is None
+
+
+def test_a_module_without_a_point_is_left_alone(tmp_path):
+    """Only what is watched carries nnsight's controller: the rest costs nothing per step."""
+    rig = Rig(tmp_path, points=["layers.1.output"])
+    instrumented = [name for name, module in rig.model.named_modules() if "forward" in module.__dict__]
+    assert instrumented == ["layers.1"]
+
+
+def test_an_error_in_a_capture_ends_that_capture_alone(tmp_path):
+    """A value that does not fit its slab: the forward goes on, the call has its reason, the next call works."""
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1])
+    step = rig.recorder.plan([("a", 0, 1)], torch.device("cpu"))
+    step.receive(0, Stream(torch.zeros(1, HIDDEN + 1), None))
+    rig.recorder.hand_over(step, torch.tensor([1], dtype=torch.int32))
+    assert rig.reason("ca").startswith("layers.0.output: The size of tensor")
+    rig.finish("a")
+    rig.admit("b", "cb", [1])
+    rig.step(("b", 0, [1]))
+    rig.finish("b")
+    assert len(rig.read("cb")[0]) == 1
+
+
+def test_a_full_spool_refuses_the_next_capture(tmp_path):
+    rig = Rig(tmp_path, spool_bytes=10)
+    rig.admit("a", "ca", [1])
+    rig.step(("a", 0, [1]))
+    rig.finish("a")
+    assert len(rig.read("ca")[0]) == 1 and used_bytes(rig.spool) > 10
+    rig.admit("b", "cb", [1])
+    rig.step(("b", 0, [1]))
+    rig.finish("b")
+    assert "spool is full" in rig.reason("cb")
+
+
+def test_a_point_that_the_model_lacks_refuses_the_capture(tmp_path):
+    rig = Rig(tmp_path)
+    del rig.model.layers[2].mlp
+    rig.admit("a", "ca", [1], points=["layers.2.mlp"])
+    assert "Block has no mlp, only self_attn" in rig.reason("ca")
+
+
+def test_a_point_that_the_model_lacks_stops_the_worker(tmp_path):
+    with pytest.raises(UnknownPoint, match="layers 0 to 2"):
+        Rig(tmp_path, points=["layers.3.output"])
+    with pytest.raises(UnknownPoint, match="lists of 7 blocks"):
+        find_blocks(Toy(), 7)
+
+
+def test_the_step_waits_when_the_buffer_is_full():
+    """More than the bound is never queued, and nothing is dropped: a job larger than it goes through alone."""
+    writer, gate, done = Writer(bound=10), threading.Event(), []
+    writer.put(8, lambda: (gate.wait(), done.append("first")))
+    waiting = threading.Thread(
+        target=lambda: [writer.put(8, lambda: done.append("second")), writer.put(100, lambda: done.append("large"))]
+    )
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive() and not done
+    gate.set()
+    waiting.join(10)
+    until(lambda: done == ["first", "second", "large"], "all jobs")
