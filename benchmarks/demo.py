@@ -21,7 +21,7 @@ import openai
 from rich.console import Console
 
 from episodes import Run, open_run
-from episodes.commands import episodes_overview
+from episodes.commands import console, episodes_overview
 from episodes.verify import problems
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -38,7 +38,10 @@ Late returns cost ten cents a day. Never promise what the tools did not confirm.
 
 def tool(name: str, description: str, argument: str) -> dict[str, Any]:
     schema = {"type": "object", "properties": {argument: {"type": "string", "maxLength": 24}}, "required": [argument]}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": schema, "strict": True},
+    }
 
 
 TOOLS = [
@@ -63,7 +66,7 @@ FOUND = {"book_id": "b-1042", "loan_id": "l-7", "on_shelf": True, "waiting": 0, 
 async def converse(client: openai.AsyncOpenAI, subject: str) -> None:
     """One reader's six turns; a turn with a tool takes two calls."""
     messages: list[Any] = [{"role": "system", "content": POLICY}]
-    settings: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0, "max_tokens": 48}
+    settings: dict[str, Any] = {"model": MODEL, "tools": TOOLS, "temperature": 0, "max_tokens": 64}
     for line, name in SCRIPT:
         messages.append({"role": "user", "content": line.format(subject)})
         if name is not None:
@@ -94,25 +97,25 @@ def wait_until_ready(url: str, stack: subprocess.Popen[bytes]) -> None:
     sys.exit(f"demo: the stack did not come up: exit code {stack.poll()}")
 
 
-def report(run: Run, console: Console) -> int:
+def report(run: Run, out: Console) -> int:
     """Print what was recorded; the exit code."""
     found = list(problems(run))
-    console.print(f"\nrecorded in [bold]{run.layout.root}[/bold]\n")
-    console.print(episodes_overview(run))
+    out.print(f"\nrecorded in [bold]{run.layout.root}[/bold]\n")
+    out.print(episodes_overview(run))
     n_kept = sum(call.n_kept for call in run.history.calls.values())
-    width = next(iter(run.history.calls.values())).points
-    console.print(f"\n{n_kept:,} rows of {len(width)} points; saving: rows against storing every token of every call")
     last = run.call(list(run.history.calls)[-1])
+    n_points = len(last.record.points)
+    out.print(f"\n{n_kept:,} rows of {n_points} points; saving: against storing every token of every call")
     point = last.record.points[0]
     rows = last.activations(point)
-    console.print(f"{point} of call {last.record.id} of episode {last.record.episode}: {rows.dtype} {rows.shape}")
-    console.print("\n".join(found) if found else "verified: every row of every call is there, once")
-    console.print(f"\nlook around: tautap episodes {run.layout.root}; tautap show {run.layout.root}")
+    out.print(f"{point} of call {last.record.id}, episode {last.record.episode}: {rows.dtype} {rows.shape}")
+    out.print("\n".join(found) if found else "verified: every row of every call is there, once")
+    out.print(f"\nlook around: tautap episodes {run.layout.root}; tautap show {run.layout.root}")
     return 1 if found or not n_kept else 0
 
 
 def main() -> int:
-    console = Console(highlight=False, soft_wrap=True)
+    out = console()
     name = time.strftime("demo-%Y%m%d-%H%M%S")
     command = [sys.executable, "-m", "proxy", "up", "--run", name, "--port", str(PORT)]
     stack = subprocess.Popen([*command, "--worker-port", str(WORKER_PORT)])
@@ -120,11 +123,11 @@ def main() -> int:
         wait_until_ready(f"http://127.0.0.1:{PORT}", stack)
         begun = time.monotonic()
         asyncio.run(converse_all(f"http://127.0.0.1:{PORT}/v1"))
-        console.print(f"{len(SUBJECTS)} conversations at once, {time.monotonic() - begun:.1f} s")
+        out.print(f"{len(SUBJECTS)} conversations at once, {time.monotonic() - begun:.1f} s")
     finally:
         stack.send_signal(signal.SIGINT)
         code = stack.wait(120)
-    return code or report(open_run(Path("data") / name), console)
+    return code or report(open_run(Path("data") / name), out)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def runs(data: Path) -> None:
         )
     if not table.rows:
         raise BadRun(f"{data} holds no run")
-    _print(table)
+    console().print(table)
 
 
 @click.command()
 @RUN
 def episodes(run: Path) -> None:
     """List the episodes of a RUN directory."""
-    _print(episodes_overview(open_run(run)))
+    console().print(episodes_overview(open_run(run)))
 
 
 def episodes_overview(run: Run) -> Table:
@@ -87,11 +87,10 @@ def show(run: Path, episode: str | None) -> None:
     opened = open_run(run)
     if not opened.history.episodes:
         raise BadRun(f"{run} holds no episode yet")
-    console = Console(highlight=False)
     name = episode or next(iter(opened.history.episodes))
     said: dict[str, int] = {}
     for call in opened.episode(name):
-        _show_call(console, call, said.get(call.record.thread, 0))
+        _show_call(console(), call, said.get(call.record.thread, 0))
         said[call.record.thread] = len(_request_messages(call)) + 1
 
 
@@ -102,28 +101,28 @@ def _request_messages(call: Call) -> list[JSON]:
     return [m for m in fields.get("messages") or [] if isinstance(m, dict)]
 
 
-def _show_call(console: Console, call: Call, already: int) -> None:
+def _show_call(out: Console, call: Call, already: int) -> None:
     """Print what a call adds to its conversation. already: messages printed before."""
     record = call.record
     for message in _request_messages(call)[already:]:
-        _say(console, str(message.get("role")), message)
+        _say(out, str(message.get("role")), message)
     repeat = f", attempt {record.attempt}" if record.attempt else ""
     head = f"{record.thread} {record.role}, turn {record.turn}{repeat}, {record.id}"
-    console.rule(f"[dim]{head}[/dim]", align="left", characters="·")
+    out.rule(f"[dim]{head}[/dim]", align="left", characters="·")
     reply = parse_object(record.reply.encode()) or {}
     for message in reply_messages(reply):
-        _say(console, "assistant", message)
+        _say(out, "assistant", message)
     for choice in reply.get("choices") or []:
         if "text" in choice:
-            _say(console, "completion", {"content": choice["text"]})
+            _say(out, "completion", {"content": choice["text"]})
     if record.status != 200:
-        console.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red", markup=False)
+        out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red", markup=False)
     for sequence in record.sequences:
         spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
         tokens = f"{len(sequence.prompt_token_ids)} + {len(sequence.completion_token_ids)} tokens"
-        console.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan", markup=False)
+        out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan", markup=False)
     if record.lost:
-        console.print(f"  no activations: {record.lost}", style="red", markup=False)
+        out.print(f"  no activations: {record.lost}", style="red", markup=False)
 
 
 def _span(source: str | None, span: Any, own: str) -> str:
@@ -131,14 +130,14 @@ def _span(source: str | None, span: Any, own: str) -> str:
     return f"{span.start}–{span.stop} {where}"
 
 
-def _say(console: Console, role: str, message: JSON) -> None:
+def _say(out: Console, role: str, message: JSON) -> None:
     content = message.get("content")
     text = content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
-    console.print(f"[bold]{role}[/bold]", end=" ")
-    console.print(text, markup=False)
+    out.print(f"[bold]{role}[/bold]", end=" ")
+    out.print(text, markup=False)
     for call in message.get("tool_calls") or []:
         function = call.get("function") or {}
-        console.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow", markup=False)
+        out.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow", markup=False)
 
 
 @click.command()
@@ -183,11 +182,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:  # a pipe has no width: print every word
-        console.width = 240
-    console.print(table)
+def console() -> Console:
+    """Where commands print. A pipe has no width: there every word is printed."""
+    found = Console(highlight=False)
+    if not found.is_terminal:
+        found.width = 240
+    return found
 
 
 COMMANDS = [runs, episodes, show, seal, verify]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from episodes.records import Call, Kept, Record, Seal
 from episodes.rows import Owner, Rows, Span
+from episodes.wire import Sequence
 
 Ranges = dict[int, list[tuple[int, int]]]
 
@@ -48,27 +50,36 @@ class History:
         kept: Ranges = {}
         for part in record.kept:
             kept.setdefault(part.choice, []).append((part.start, part.stop))
-        self.keep(record, kept)
-        self.commit(record)
+        with self.keeping(record, kept):
+            self.commit(record)
 
-    def keep(self, call: Call, computed: Ranges) -> list[Kept]:
-        """Which of the rows that a call computed it is the first to store; they count as stored from now on.
+    def commit(self, call: Call) -> None:
+        """Take in a call whose rows count as stored."""
+        self.calls[call.id] = call
+        self._episode(call.episode).calls.append(call)
+
+    @contextmanager
+    def keeping(self, call: Call, computed: Ranges) -> Iterator[list[Kept]]:
+        """Which of the rows that a call computed it is the first to store; they count as stored once the block ends
+        well.
 
         computed: choice → ranges of positions
         """
+        kept: list[Kept] = []
+        stored: list[Sequence] = []
         rows = self._rows.setdefault(call.spec, Rows())
-        kept = []
-        for sequence in call.sequences:
-            # Surplus rows, past what the client was given, belong to no token of the sequence.
-            mine = [(a, min(b, sequence.n_positions)) for a, b in computed.get(sequence.choice, [])]
-            stored = rows.store(Owner(call.id, sequence.choice), sequence.tokens, mine)
-            kept += [Kept(sequence.choice, start, stop) for start, stop in stored]
-        return kept
-
-    def commit(self, call: Call) -> None:
-        """Take in a call whose rows `keep` has counted already."""
-        self.calls[call.id] = call
-        self._episode(call.episode).calls.append(call)
+        try:
+            for sequence in call.sequences:
+                # Surplus rows, past what the client was given, belong to no token of the sequence.
+                mine = [(a, min(b, sequence.n_positions)) for a, b in computed.get(sequence.choice, [])]
+                ranges = rows.store(Owner(call.id, sequence.choice), sequence.tokens, mine)
+                stored.append(sequence)
+                kept += [Kept(sequence.choice, start, stop) for start, stop in ranges]
+            yield kept
+        except BaseException:
+            for sequence in stored:
+                rows.forget(Owner(call.id, sequence.choice), sequence.tokens)
+            raise
 
     def spans(self, call: Call) -> dict[int, list[Span]]:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""

@@ -58,19 +58,24 @@ class Journal:
     """The writing end. A torn last line, left by a crash, is cut off: its call was never committed."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
-        with path.open("rb") as file:
-            data = file.read()
+        self._file = path.open("ab", buffering=0)
+        data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if whole < len(data):
             self._file.truncate(whole)
             os.fsync(self._file.fileno())
 
     def append(self, record: Record) -> None:
-        """Write a record; when this returns it is on disk."""
-        self._file.write(encode(record))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write a record; when this returns it is on disk. If it fails, nothing of the line stays."""
+        end = self._file.tell()
+        rest = encode(record)
+        try:
+            while rest:  # a disk that fills up takes a part of a line without an error
+                rest = rest[self._file.write(rest) or 0 :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            self._file.truncate(end)
+            raise
 
     def close(self) -> None:
         self._file.close()

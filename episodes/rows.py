@@ -76,6 +76,12 @@ class Rows:
             at += len(node.owners)
         return runs(mine)
 
+    def forget(self, owner: Owner, tokens: Tokens) -> None:
+        """Undo a `store`: the rows that `owner` has of these tokens are nobody's again."""
+        numbers = [number for number, known in enumerate(self._owners) if known == owner]
+        for node in self._path(tokens, grow=True):
+            node.owners[np.isin(node.owners, numbers)] = NOBODY
+
     def spans(self, tokens: Tokens) -> list[Span]:
         """Who stored the rows of these tokens: spans that cover positions 0 to len(tokens) in order."""
         owners = np.full(len(tokens), NOBODY, np.int32)

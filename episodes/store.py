@@ -84,20 +84,24 @@ class Store:
         claim: the call file as it came, which becomes the live file if any of its rows is new. foreign: activations
         that the backend itself sent, JSON. CorruptFile if the claim is not a whole call file of this run's model.
         """
-        if claim is not None:
-            file = CallFile(claim)
-            self._check(call, file)
-            call = msgspec.structs.replace(call, points=file.points, sequences=file.sequences)
-            call = msgspec.structs.replace(call, kept=self.history.keep(call, _computed(file)))
-            if call.kept:
-                publish(claim, self.layout.live_file(call.thread, call.id))
-            else:
-                claim.unlink()
         if foreign is not None:
             with whole(self.layout.foreign_file(call.id)) as draft:
                 draft.write_bytes(zstandard.compress(foreign, 3))
             call = msgspec.structs.replace(call, foreign=True)
-        self._journal.append(call)
+        if claim is None:
+            self._journal.append(call)
+            self.history.add(call)
+            return call
+        file = CallFile(claim)
+        self._check(call, file)
+        call = msgspec.structs.replace(call, points=file.points, sequences=file.sequences)
+        with self.history.keeping(call, _computed(file)) as kept:
+            call = msgspec.structs.replace(call, kept=kept)
+            if kept:
+                publish(claim, self.layout.live_file(call.thread, call.id))
+            else:
+                claim.unlink()
+            self._journal.append(call)
         self.history.commit(call)
         return call
 

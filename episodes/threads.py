@@ -1,7 +1,7 @@
 """Which conversation a call belongs to, found from its messages or told by the client.
 
-A call continues the thread whose last call it extends: that call's messages, the reply it got, and at least one
-message more. Conversations that look the same are told apart one to one: a thread that has been continued waits no
+A call continues the thread whose last call it extends: that call's messages, the reply it got, and whatever follows.
+Conversations that look the same are told apart one to one: a thread that has been continued waits no
 more until its own reply is there. A repeat of a call that failed is an attempt of the same turn; so is a repeat of
 one that succeeded once the conversation is under way (a first call repeated is another conversation).
 """
@@ -83,8 +83,8 @@ class Threads:
                 del self._threads[thread.id]
 
     def _continued(self, digests: list[bytes], episode: str | None) -> Thread | None:
-        """The thread that waits for the longest proper prefix of these messages, the one waiting longest first."""
-        for digest in reversed(digests[:-1]):
+        """The thread that waits for the longest prefix of these messages, the one waiting longest first."""
+        for digest in reversed(digests):
             waiting = self._waiting.get((episode, digest))
             if waiting:
                 return waiting[0]

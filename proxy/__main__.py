@@ -102,7 +102,12 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
 
 def settle(backend: str, options: dict[str, Any], backend_key: str | None = None) -> Config:
     """The proxy's Config out of its command line."""
-    aliases = dict(pair.split("=", 1) for pair in options.pop("alias") if "=" in pair)
+    aliases = {}
+    for pair in options.pop("alias"):
+        name, equals, served = pair.partition("=")
+        if not (name and equals and served):
+            raise BadInput(f"--alias {pair!r}: give NAME=SERVED, such as gpt-4o=Qwen/Qwen3-8B")
+        aliases[name] = served
     run = options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S")
     return Config(backend=backend, backend_key=backend_key, aliases=aliases, run=run, **options)
 

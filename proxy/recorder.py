@@ -101,8 +101,9 @@ class Recording:
             await self._commit(call, data)
             if claim:
                 await self._backend.forget(call.id)
-        except Exception:
+        except Exception as error:
             logger.exception("call %s could not be recorded", call.id)
+            self._lost(call, str(error))
         finally:
             draft.unlink(missing_ok=True)
             self._pending[call.episode] -= 1
@@ -130,17 +131,20 @@ class Recording:
         except CorruptFile as error:
             await self._on_disk(self._store.commit, self._lost(call, str(error)), None, foreign)
 
-    async def seal(self, idle_s: float) -> int:
-        """Seal every episode with no call under way and none for `idle_s`; returns how many."""
+    async def seal(self, idle_s: float) -> None:
+        """Seal every episode with no call under way and none for `idle_s`. One that fails is tried again later."""
         now = time.monotonic()
         quiet = [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
         for episode in quiet:
             del self._touched[episode], self._pending[episode]
             self.threads.close(episode)
-            await self._on_disk(self._store.seal, episode)
+            try:
+                await self._on_disk(self._store.seal, episode)
+            except Exception:
+                logger.exception("episode %s could not be sealed", episode)
+                self._touched[episode] = now
         if quiet:
             await self._on_disk(self._store.roll)
-        return len(quiet)
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""
@@ -192,7 +196,7 @@ class Recorder:
                 try:
                     await recording.seal(idle_s)
                 except Exception:
-                    logger.exception("sealing failed; it is tried again")
+                    logger.exception("the index could not be rolled; it is tried again with the next seal")
 
     async def close(self) -> None:
         if self._sealing is not None:

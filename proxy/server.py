@@ -165,7 +165,7 @@ class Proxy:
             return _error(503, "too many calls wait to be written to disk", "overloaded", {"Retry-After": "5"})
         body = await request.read()
         fields = messages.parse_object(body)
-        call = f"c-{uuid.uuid4().hex}"
+        call = f"c-{uuid.uuid4().hex[:16]}"
         headers = self._headers(request) | {"X-Request-Id": call}
         sent, points = body, []
         if fields is not None:
@@ -253,13 +253,13 @@ class Proxy:
             if cutter.rest:
                 await reply.write(cutter.rest)
             await reply.write_eof()
+        except ConnectionError:  # on writing: aiohttp's errors of reading are not of this kind
+            asked.error = GONE
         except (aiohttp.ClientError, TimeoutError) as error:
             # Part of the reply is out: all that can be done is to break it off, so that no one takes it for whole.
             asked.error = f"the worker failed: {error or type(error).__name__}"
             if request.transport is not None:
                 request.transport.abort()
-        except ConnectionError:
-            asked.error = GONE
         finally:
             if asked.reply is None:
                 asked.reply = messages.assemble(seen)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -251,16 +253,20 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": error}, status)
 
 
+def server(stub: Stub, captures: bool = True, port: int = 0) -> uvicorn.Server:
+    """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes."""
+    app = CaptureMiddleware(stub.app) if captures else stub.app
+    # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
+    config = uvicorn.Config(_with_app(app, stub.app), port=port, log_level="critical", lifespan="on", ws="none")
+    return uvicorn.Server(config)
+
+
 class Running:
     """A stub on a port of its own, in a thread; `url` is its base."""
 
     def __init__(self, stub: Stub, captures: bool = True) -> None:
-        """captures: False makes it a backend that is not ours: no middleware, no routes."""
         self.stub = stub
-        app = CaptureMiddleware(stub.app) if captures else stub.app
-        # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
-        config = uvicorn.Config(_with_app(app, stub.app), port=0, log_level="critical", lifespan="on", ws="none")
-        self._server = uvicorn.Server(config)
+        self._server = server(stub, captures)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> Running:
@@ -284,3 +290,11 @@ def _with_app(app: Any, starlette: Starlette) -> Any:
         await app(scope, receive, send)
 
     return run
+
+
+if __name__ == "__main__":  # a worker's command line, as far as `tautap up` needs one
+    flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
+    if "--fail" in flags:
+        sys.exit(f"told to fail with {flags['--fail']}")
+    with tempfile.TemporaryDirectory() as scratch:
+        server(Stub(Path(scratch)), port=int(flags["--port"])).run()

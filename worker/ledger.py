@@ -6,6 +6,7 @@ was given and when the request was over. A call's activations are there once bot
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -23,6 +24,7 @@ from worker.spool import FAILED, WHOLE, spooled
 # A request that the client dropped while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
 CALL_LIMIT = 10_000
+POLL_S = 0.005
 
 
 @dataclass
@@ -37,12 +39,13 @@ class Growing:
 
 @dataclass
 class Call:
-    """A captured call. `ended_at` is monotonic seconds, None while the request runs."""
+    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds."""
 
     id: str
     points: list[str]
     sequences: list[Growing] = field(default_factory=list)
-    ended_at: float | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended_at: float = 0.0
 
     def order(self, n: int) -> Order:
         """Take in a request of n sequences and say what the engine must be told of it."""
@@ -73,7 +76,7 @@ class Ledger:
 
     def open(self, call_id: str, points: list[str]) -> Call:
         if len(self._calls) >= CALL_LIMIT:
-            oldest = next((c for c in self._calls.values() if c.ended_at is not None), None)
+            oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
         self._calls[call_id] = call = Call(call_id, points)
@@ -81,6 +84,7 @@ class Ledger:
 
     def close(self, call: Call) -> None:
         call.ended_at = time.monotonic()
+        call.ended.set()
 
     def find(self, call_id: str) -> Call | None:
         return self._calls.get(call_id)
@@ -95,10 +99,22 @@ class Ledger:
                 spooled(self.spool, call.id, choice, suffix).unlink(missing_ok=True)
         return True
 
-    def collect(self, call: Call) -> list[wire.Extent] | None:
-        """The call file's stretches, None while they are not all there; CaptureLost with the reason for never."""
-        if call.ended_at is None:
-            return None
+    async def wait_for(self, call: Call, wait_s: float) -> list[wire.Extent] | None:
+        """The call file's stretches once they are there, None after `wait_s`; CaptureLost if they never will be."""
+        deadline = time.monotonic() + wait_s
+        if not call.ended.is_set():
+            try:
+                await asyncio.wait_for(call.ended.wait(), wait_s)
+            except TimeoutError:
+                return None
+        while True:  # the engine spools the last rows with its next step
+            extents = await asyncio.to_thread(self._collect, call)
+            if extents is not None or time.monotonic() >= deadline:
+                return extents
+            await asyncio.sleep(POLL_S)
+
+    def _collect(self, call: Call) -> list[wire.Extent] | None:
+        """The call file's stretches, None while they are not all there. Only of a call that has ended."""
         if not call.sequences:
             raise CaptureLost("the engine ran no sequence of this call that could be captured")
         abandoned = time.monotonic() - call.ended_at > ABORT_GRACE_S
@@ -128,7 +144,7 @@ class Ledger:
         return [
             {
                 "call": call.id,
-                "state": "running" if call.ended_at is None else "ended",
+                "state": "ended" if call.ended.is_set() else "running",
                 "bytes": sum(
                     path.stat().st_size
                     for choice in range(len(call.sequences))

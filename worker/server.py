@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import re
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
@@ -38,7 +37,6 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 CHUNK = 4 << 20
-POLL_S = 0.004
 EMBED_WAIT_S = 60.0
 WAIT_LIMIT_S = 60.0
 
@@ -160,7 +158,7 @@ class CaptureMiddleware:
     async def _with_activations(self, body: bytes, call: Call, collect: Collect) -> bytes:
         reply = msgspec.json.decode(body, type=dict[str, Any])
         try:
-            extents = await wait_for(self._ledger, call, EMBED_WAIT_S)
+            extents = await self._ledger.wait_for(call, EMBED_WAIT_S)
             if extents is None:
                 raise CaptureLost(f"the activations were not there {EMBED_WAIT_S:.0f} s after the reply")
             reply["activations"] = await asyncio.to_thread(_embedded, extents, collect)
@@ -233,7 +231,7 @@ class Routes:
         except ValueError:
             return JSONResponse(_error("wait_s takes seconds, such as wait_s=10", 400), 400)
         try:
-            extents = await wait_for(self._ledger, call, min(wait_s, WAIT_LIMIT_S))
+            extents = await self._ledger.wait_for(call, min(wait_s, WAIT_LIMIT_S))
         except CaptureLost as error:
             return JSONResponse(_error(str(error), 410), 410)
         if extents is None:
@@ -248,16 +246,6 @@ class Routes:
         if not await asyncio.to_thread(self._ledger.forget, request.path_params["call"]):
             return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
         return Response(status_code=204)
-
-
-async def wait_for(ledger: Ledger, call: Call, wait_s: float) -> list[Extent] | None:
-    """The call file's stretches once they are there, None after `wait_s`; CaptureLost if they never will be."""
-    deadline = time.monotonic() + wait_s
-    while True:
-        extents = await asyncio.to_thread(ledger.collect, call)
-        if extents is not None or time.monotonic() >= deadline:
-            return extents
-        await asyncio.sleep(POLL_S)
 
 
 async def _read(receive: Receive) -> bytes:

@@ -48,3 +48,16 @@ def test_runs_are_where_the_mask_is_true(mask):
     found = runs(np.array(mask, bool))
     assert [i for a, b in found for i in range(a, b)] == [i for i, on in enumerate(mask) if on]
     assert all(a[1] < b[0] for a, b in itertools.pairwise(found))
+
+
+@given(sequences())
+def test_what_is_forgotten_was_never_there(given_sequences):
+    """Undoing the last of several stores leaves what the others alone would have left."""
+    kept, undone = Rows(), Rows()
+    for rows, last in ((kept, 0), (undone, 1)):
+        for number, (tokens, computed) in enumerate(given_sequences[: len(given_sequences) - 1 + last]):
+            rows.store(Owner(f"c{number}", 0), np.array(tokens, np.int32), computed)
+    if given_sequences:
+        undone.forget(Owner(f"c{len(given_sequences) - 1}", 0), np.array(given_sequences[-1][0], np.int32))
+    for tokens, _ in given_sequences:
+        assert undone.spans(np.array(tokens, np.int32)) == kept.spans(np.array(tokens, np.int32))
