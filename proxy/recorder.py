@@ -93,19 +93,16 @@ class Recording:
         task.add_done_callback(self._tasks.discard)
 
     async def _record(self, call: Call, claim: bool, foreign: JSON) -> None:
-        draft = self._store.draft(call.id)
         try:
             if claim:
                 call = await self._claim(call)
-            data = msgspec.json.encode(foreign) if foreign else None
-            await self._commit(call, data)
+            await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
             if claim:
                 await self._backend.forget(call.id)
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id)
             self._lost(call, str(error))
         finally:
-            draft.unlink(missing_ok=True)
             self._pending[call.episode] -= 1
             self._touched[call.episode] = time.monotonic()
 
@@ -123,13 +120,15 @@ class Recording:
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
-    async def _commit(self, call: Call, foreign: bytes | None) -> None:
+    def _commit(self, call: Call, foreign: bytes | None) -> None:
+        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound."""
         draft = self._store.draft(call.id)
-        claim = draft if call.lost is None and draft.exists() else None
         try:
-            await self._on_disk(self._store.commit, call, claim, foreign)
+            self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
         except CorruptFile as error:
-            await self._on_disk(self._store.commit, self._lost(call, str(error)), None, foreign)
+            self._store.commit(self._lost(call, str(error)), None, foreign)
+        finally:
+            draft.unlink(missing_ok=True)
 
     async def seal(self, idle_s: float) -> None:
         """Seal every episode with no call under way and none for `idle_s`. One that fails is tried again later."""

@@ -29,6 +29,10 @@ from worker.__main__ import plan
 os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
 
 
+# Tests share two cores with whatever they start, so this is far above what disk or tensors on the loop would need.
+BLOCKED_S = 0.5
+
+
 class ProxyThread:
     """A proxy in a thread with a loop of its own; leaving it drains and seals, as SIGTERM does."""
 
@@ -54,7 +58,7 @@ class ProxyThread:
 
     def _run(self) -> None:
         try:
-            asyncio.run(self._serve())
+            asyncio.run(self._serve(), debug=True)
         except BaseException as error:  # handed to the test's thread
             self._error = error
         finally:
@@ -62,6 +66,7 @@ class ProxyThread:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.slow_callback_duration = BLOCKED_S
         ready = asyncio.Event()
 
         async def tell() -> None:
@@ -90,6 +95,14 @@ class ProxyThread:
         self.stop()
         if self._error is not None:
             raise self._error
+
+
+@pytest.fixture(autouse=True)
+def event_loops_are_not_blocked(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A proxy's loop that one callback holds for longer than `BLOCKED_S` fails the test."""
+    yield
+    slow = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio" and "took" in r.getMessage()]
+    assert not slow, slow
 
 
 def free_port() -> int:
