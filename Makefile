@@ -6,13 +6,13 @@ BIN = $(VENV)/bin
 .PHONY: demo test lint setup
 setup: $(VENV)/ready
 
-# torchvision and its kind come with vLLM as CUDA builds that cannot load beside the CPU build of torch, and take
-# transformers down with them; the worker needs none of the three.
+# vLLM's CPU build wants the CPU build of torch. torchvision and its kind come with it as CUDA builds that cannot load
+# beside that, and take transformers down with them; the worker needs none of the three.
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[worker-cpu,dev]'
+	$(BIN)/pip install --quiet --editable '.[worker-cpu,dev]' || { \
+	  echo "if pip found no torch==2.13.0+cpu: name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL"; exit 1; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -11,7 +11,7 @@ from episodes.wire import Sequence
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
-    points are the default ones.
+    points are the default ones, custom the hooks that the user named, as in `episodes.points.Points`.
     """
 
     model: str
@@ -20,6 +20,7 @@ class Model(msgspec.Struct, frozen=True):
     n_layers: int
     points: list[str]
     versions: dict[str, str | None]
+    custom: dict[str, str] = {}
 
 
 class Run(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from episodes.errors import BadCapture, CorruptFile
-from episodes.points import name_points, split_point
+from episodes.points import Points, split
 
 CAPTURE_HEADER = "X-Tautap-Capture"
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
@@ -88,12 +88,12 @@ class Collect(msgspec.Struct, frozen=True):
         except msgspec.ValidationError as error:
             raise BadCapture(f"collect_activations: {error}") from None
 
-    def points(self, default: list[str], n_layers: int) -> list[str]:
+    def points(self, default: list[str], offered: Points) -> list[str]:
         """The points asked for, the server's where it names none; UnknownPoint for what the model lacks."""
-        known = [split_point(point) for point in default]
-        layers = list(dict.fromkeys(layer for layer, _ in known)) if self.layers is None else self.layers
-        hooks = list(dict.fromkeys(hook for _, hook in known)) if self.hook_points is None else self.hook_points
-        points = name_points(layers, hooks, n_layers)
+        known = [split(point) for point in default]
+        layers = [p.layer for p in known if p.layer is not None] if self.layers is None else self.layers
+        hooks = [p.hook for p in known] if self.hook_points is None else self.hook_points
+        points = offered.name(layers, hooks)
         if not points:
             raise BadCapture("collect_activations names no point: give at least one layer and one hook point")
         return points

@@ -25,6 +25,7 @@ from episodes import messages
 from episodes.errors import BadInput, BadRun
 from episodes.layout import check_name
 from episodes.messages import JSON
+from episodes.points import Points
 from episodes.records import Call
 from episodes.threads import Place
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
@@ -199,7 +200,8 @@ class Proxy:
         asked = fields.get("collect_activations")
         if asked is False:
             return []
-        return model.points if asked is None else Collect.parse(asked).points(model.points, model.n_layers)
+        offered = Points(model.n_layers, model.custom)
+        return model.points if asked is None else Collect.parse(asked).points(model.points, offered)
 
     def _translated(self, fields: JSON, body: bytes) -> bytes:
         """The body as the worker should see it: the client's own bytes unless something in them is for us."""

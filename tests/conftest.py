@@ -151,16 +151,17 @@ class Engines:
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
-    def get(self, kind: str) -> str:
-        """The base URL of a worker of this kind: `float32`, `bfloat16`, or `stock`, which is vLLM without us."""
+    def get(self, kind: str, flags: list[str] | None = None) -> str:
+        """The base URL of a worker of this kind: `float32`, `bfloat16`, `stock`, which is vLLM without us, or another
+        name with the flags that it stands for.
+        """
         if kind != self._kind:
             self.stop()
-            self._start(kind)
+            self._start(kind, flags or {"float32": FLOAT32, "bfloat16": BFLOAT16, "stock": FLOAT32}[kind])
         return self.url
 
-    def _start(self, kind: str) -> None:
+    def _start(self, kind: str, flags: list[str]) -> None:
         port = free_port()
-        flags = {"float32": FLOAT32, "bfloat16": BFLOAT16, "stock": FLOAT32}[kind]
         command = [sys.executable, "-m", "worker", *flags, "--port", str(port)]
         env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
         if kind == "stock":

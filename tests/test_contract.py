@@ -131,9 +131,11 @@ def test_calls_without_capture_share_nothing_with_captured_ones(worker):
 
 
 def test_points_can_be_chosen_per_call(worker):
-    capture = new(points=("layers.2.output", "layers.0.mlp"))
+    capture = new(points=("layers.2.output", "layers.0.mlp", "final.output", "embed.output"))
     assert worker.ask("Hi", capture).status_code == 200
-    assert worker.file(capture.call).points == ["layers.2.output", "layers.0.mlp"]
+    file = worker.file(capture.call)
+    assert file.points == ["layers.2.output", "layers.0.mlp", "final.output", "embed.output"]
+    check(file)
 
 
 def test_choices_and_prompts_are_sequences_of_their_own(worker):

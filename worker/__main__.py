@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
 def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The command to become and its environment."""
     from episodes.errors import BadInput
-    from episodes.points import default_layers, name_points, parse_layers
+    from episodes.points import Points, default_layers, parse_custom
     from worker.spool import prepare
 
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
@@ -61,8 +61,9 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         if _value(vllm_args, flag) is None and flag not in vllm_args:
             vllm_args += [flag] if value is None else [flag, value]
     n_layers = _n_layers(_value(vllm_args, "--model") or "", "--trust-remote-code" in vllm_args)
-    layers = default_layers(n_layers) if ours.layers is None else parse_layers(ours.layers)
-    points = name_points(layers, ours.hook_points.split(","), n_layers)
+    offered = Points(n_layers, dict(map(parse_custom, ours.point)))
+    layers = default_layers(n_layers) if ours.layers is None else offered.parse_layers(ours.layers)
+    points = offered.name(layers, [*ours.hook_points.split(","), *offered.custom])
     spool = Path(ours.spool_dir or _spool_home() / f"tautap-spool-{_value(vllm_args, '--port')}")
     try:
         prepare(spool)
@@ -73,6 +74,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         "spool_bytes": ours.spool_bytes,
         "buffer_bytes": ours.buffer_bytes,
         "points": points,
+        "custom": offered.custom,
     }
     additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {"tautap": recorder}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
@@ -87,8 +89,19 @@ def _parser() -> argparse.ArgumentParser:
         "tautap worker", usage=USAGE, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, description="Serve a model with vLLM and record its activations.",
     )  # fmt: skip
-    parser.add_argument("--layers", metavar="N,N", help="layers to record (default: 8,12,16, or the model's quarters)")
-    parser.add_argument("--hook-points", default="output", metavar="H,H", help="output, input, attn, mlp (%(default)s)")
+    parser.add_argument(
+        "--layers",
+        metavar="N,N",
+        help="layers to record: numbers, -1, 8-15, ::4, all (8,12,16, or the model's quarters)",
+    )
+    parser.add_argument(
+        "--hook-points", default="output", metavar="H,H",
+        help="output, input, attn, mlp, embed.output, final.output (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--point", action="append", default=[], metavar="NAME=LOCATION",
+        help="a module's .input or .output, * for the layer: o_proj=model.layers.*.self_attn.o_proj.output",
+    )  # fmt: skip
     parser.add_argument("--spool-dir", metavar="DIR", help="where rows wait to be claimed (default: in /dev/shm)")
     parser.add_argument("--spool-bytes", type=_bytes, default=4 << 30, metavar="N", help="bound of the spool (4G)")
     parser.add_argument("--buffer-bytes", type=_bytes, default=1 << 30, metavar="N", help="rows in memory (1G)")

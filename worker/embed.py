@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from episodes.points import legacy_key, split_point
+from episodes.points import legacy_key, split
 from episodes.wire import CallFile, Collect
 
 ELEMENT_LIMIT = 100_000
@@ -36,12 +36,12 @@ def activations(file: CallFile, collect: Collect) -> dict[str, Any]:
 
 def status(points: list[str], error: str | None) -> dict[str, Any]:
     """The `activation_collection_status` field."""
-    asked = [split_point(point) for point in points]
+    asked = [split(point) for point in points]
     keys = [legacy_key(point) for point in points]
     return {
         "requested": True,
         "successful": error is None,
-        "requested_layers": list(dict.fromkeys(layer for layer, _ in asked)),
+        "requested_layers": list(dict.fromkeys(layer for layer, _ in asked if layer is not None)),
         "requested_hooks": list(dict.fromkeys(hook for _, hook in asked)),
         "collected_keys": [] if error else keys,
         "failed_keys": keys if error else [],

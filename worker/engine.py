@@ -39,15 +39,22 @@ class RecordingRunner(GPUModelRunner):
         if get_tensor_model_parallel_rank() != 0:
             return  # the residual stream is the same on every rank: the first one records
         model_config = self.model_config
-        self.tap = Tap(self.get_model(), model_config.get_total_num_hidden_layers())
+        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
+        self.tap = Tap(self.get_model(), model_config.get_total_num_hidden_layers(), config.custom)
         self.recorder = Recorder(
-            msgspec.convert(self.vllm_config.additional_config[XARG], Config),
+            config,
             self.tap,
             model_config.dtype,
             DTYPE_CODES[str(model_config.dtype).removeprefix("torch.")],
             model_config.get_hidden_size(),
             CudaLane() if current_platform.is_cuda() else Lane(),
         )
+
+    def probe(self) -> None:
+        """Refuse the model, by name, if its points are not what their names say."""
+        if self.recorder is not None:
+            config, model = self.recorder.config, self.model_config
+            self.tap.probe(config.points, lambda: self._dummy_run(1), 1, model.get_hidden_size(), model.dtype)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
@@ -105,3 +112,8 @@ class RecordingWorker(EngineWorker):
     def init_device(self) -> None:
         super().init_device()
         recording(self.model_runner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        done = super().compile_or_warm_up_model()
+        self.model_runner.probe()
+        return done

@@ -12,12 +12,16 @@ XARG = "tautap"
 
 
 class Config(msgspec.Struct, frozen=True):
-    """The recorder's share of vLLM's `additional_config`, under the key `tautap`."""
+    """The recorder's share of vLLM's `additional_config`, under the key `tautap`.
+
+    points: what is recorded of a call that names none. custom: the user's own hooks, as in `episodes.points.Points`.
+    """
 
     spool_dir: str
     spool_bytes: int
     buffer_bytes: int
     points: list[str]
+    custom: dict[str, str] = {}
 
 
 class Order(msgspec.Struct, frozen=True):

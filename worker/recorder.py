@@ -145,7 +145,7 @@ class Recorder:
 
     def __init__(self, config: Config, tap: Tap, dtype: torch.dtype, dtype_code: str, hidden: int, lane: Lane) -> None:
         """dtype: the engine's; dtype_code: safetensors' name of it. lane: how rows leave the device."""
-        self._config = config
+        self.config = config
         self._tap = tap
         self._dtype, self._dtype_code, self._hidden = dtype, dtype_code, hidden
         self._lane = lane
@@ -227,8 +227,8 @@ class Recorder:
     def _open(self, request: str, captured: Captured) -> None:
         name = f"{captured.call}.{captured.choice}"
         used = used_bytes(self._spool)
-        if used >= self._config.spool_bytes:
-            reason = f"the spool is full: {used} of {self._config.spool_bytes} bytes wait to be claimed"
+        if used >= self.config.spool_bytes:
+            reason = f"the spool is full: {used} of {self.config.spool_bytes} bytes wait to be claimed"
             return refuse(self._spool, name, reason)
         try:
             self._files[request] = SpoolFile(

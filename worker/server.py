@@ -23,7 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
-from episodes.points import HOOKS, name_points, split_point
+from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
 from worker.ledger import Call, Ledger
@@ -118,12 +118,12 @@ class CaptureMiddleware:
             if not CALL_ID.fullmatch(capture.call):
                 raise BadInput(f"{CAPTURE_HEADER}: call {capture.call[:200]!r} is not letters, digits, _ and -")
             for point in capture.points or ():
-                name_points([split_point(point)[0]], [split_point(point)[1]], self._about.n_layers)
+                self._about.offered.check(point)
             return capture, None, fields
         if asked is None or asked is False:
             return None
         collect = Collect.parse(asked)
-        points = collect.points(self._about.config.points, self._about.n_layers)
+        points = collect.points(self._about.config.points, self._about.offered)
         given = headers.get("x-request-id", "")
         call = given if CALL_ID.fullmatch(given) else uuid.uuid4().hex
         # A salt of its own: whoever asks for a reply's activations wants every position, not what a cache left over.
@@ -175,7 +175,7 @@ class About:
         model = vllm_config.model_config
         self.config = msgspec.convert(vllm_config.additional_config[XARG], Config)
         self.model = str(model.served_model_name)
-        self.n_layers = int(model.get_total_num_hidden_layers())
+        self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom)
         self.hidden_size = int(model.get_hidden_size())
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_tokens = int(model.max_model_len)
@@ -185,15 +185,16 @@ class About:
             "activation_collection": True,
             "activation_patching": False,
             "supported_models": [self.model],
-            "supported_layers": list(range(self.n_layers)),
-            "supported_hook_points": list(HOOKS),
+            "supported_layers": list(range(self.offered.n_layers)),
+            "supported_hook_points": self.offered.hooks,
             "max_tokens": self.max_tokens,
             "version": _version("tautap"),
             "model": self.model,
-            "n_layers": self.n_layers,
+            "n_layers": self.offered.n_layers,
             "hidden_size": self.hidden_size,
             "dtype": self.dtype,
             "points": self.config.points,
+            "custom": self.config.custom,
             "limits": {
                 "spool_bytes": self.config.spool_bytes,
                 "buffer_bytes": self.config.buffer_bytes,

@@ -7,35 +7,48 @@ nothing at all: only modules with points carry nnsight's controller.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from nnsight.intervention.interleaver import Interleaver
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from episodes.errors import UnknownPoint
-from episodes.points import split_point
+from episodes.points import split
 
-# The submodule of a block that computes a hook, by the names that model families give it.
-SUBMODULES = {
+# The submodule whose output joins the residual stream, by the names that model families give it.
+JOINING = {
     "attn": ("self_attn", "attn", "attention", "self_attention"),
     "mlp": ("mlp", "feed_forward", "block_sparse_moe"),
 }
+# Where a norm stands between a submodule and the residual stream (Gemma 2 and 3, OLMo 2), it is the norm's output.
+SANDWICHED = {"attn": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
+FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
+# Rounding of a sum that vLLM and the probe add up in different order.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Stream(NamedTuple):
-    """A value at a point: `hidden`, plus `residual` where vLLM carries the residual stream in two parts."""
+    """A value at a point: `hidden`, plus `residual` where vLLM carries the residual stream in two parts.
+
+    Each is (rows, d_model), or (1, rows, d_model) where vLLM runs a model of transformers' own.
+    """
 
     hidden: Tensor
-    residual: Tensor | None
+    residual: Tensor | None = None
 
     def write(self, into: Tensor, start: int, stop: int) -> None:
         """Rows start to stop into a [stop - start, hidden] slice, at once: fused norms overwrite both parts soon."""
         if self.residual is None:
-            into.copy_(self.hidden[start:stop])
+            into.copy_(_flat(self.hidden)[start:stop])
         else:
-            torch.add(self.hidden[start:stop], self.residual[start:stop], out=into)
+            torch.add(_flat(self.hidden)[start:stop], _flat(self.residual)[start:stop], out=into)
+
+
+Read = Callable[[Any], Stream]
 
 
 class Location:
@@ -46,11 +59,20 @@ class Location:
 
 
 class Watch(NamedTuple):
-    """Where a point is found: nnsight's location and the way from the value there to a Stream."""
+    """Where a point is found: a module, nnsight's location, and the way from the value there to a Stream."""
 
-    point: str
-    location: str
-    read: Callable[[Any], Stream]
+    module: nn.Module
+    path: str
+    side: str
+    read: Read
+
+    @property
+    def location(self) -> str:
+        return f"{self.path}.{self.side}"
+
+
+def _flat(value: Tensor) -> Tensor:
+    return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
 def block_output(value: Any) -> Stream:
@@ -59,12 +81,14 @@ def block_output(value: Any) -> Stream:
     value:  `hidden` or `(hidden, residual)`, each (rows, d_model)
     source: vllm 0.32, model_executor/models/llama.py, LlamaDecoderLayer.forward
     """
-    return Stream(*value[:2]) if isinstance(value, tuple) else Stream(value, None)
+    return Stream(*value[:2]) if isinstance(value, tuple) else Stream(value)
 
 
-def block_input(module: nn.Module) -> Callable[[Any], Stream]:
+def block_input(module: nn.Module) -> Read:
     """A reader of the residual stream before a block, out of the `(args, kwargs)` that the block was called with."""
     signature = inspect.signature(type(module).forward)
+    if "hidden_states" not in signature.parameters:
+        raise UnknownPoint(f"{type(module).__name__} takes no hidden_states: its input cannot be told")
 
     def read(value: Any) -> Stream:
         args, kwargs = value
@@ -74,9 +98,15 @@ def block_input(module: nn.Module) -> Callable[[Any], Stream]:
     return read
 
 
-def submodule_output(value: Any) -> Stream:
-    """What a submodule adds to the residual stream."""
-    return Stream(value[0] if isinstance(value, tuple) else value, None)
+def first_output(value: Any) -> Stream:
+    """What a module returns, the first of several: norms return the residual beside it, linear layers a bias."""
+    return Stream(value[0] if isinstance(value, tuple) else value)
+
+
+def first_input(value: Any) -> Stream:
+    """The first tensor that a module was called with."""
+    args, kwargs = value
+    return Stream(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()))
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
@@ -93,51 +123,154 @@ class Tap(Interleaver):
     watch: puts an observer on a point. open: lets values through for one forward pass.
     """
 
-    def __init__(self, model: nn.Module, n_layers: int) -> None:
+    def __init__(self, model: nn.Module, n_layers: int, custom: Mapping[str, str] | None = None) -> None:
+        """custom: as in `episodes.points.Points`."""
         super().__init__()
+        self._model = model
         self._path, self._blocks = find_blocks(model, n_layers)
+        self._custom = custom or {}
         self._watched: dict[str, Watch] = {}
-        self._receive: dict[str, Callable[[Any], None]] = {}
+        self._receive: dict[str, list[Callable[[Any], None]]] = {}
+
+    @property
+    def family(self) -> str:
+        return type(self._model).__name__
 
     def watch(self, point: str) -> None:
-        """Instrument the module behind a point; UnknownPoint, naming what the block has, if it is not there."""
-        if point in self._watched:
-            return
-        layer, hook = split_point(point)
-        if layer >= len(self._blocks):
-            raise UnknownPoint(f"{point}: this model has layers 0 to {len(self._blocks) - 1}")
+        """Instrument the module behind a point; UnknownPoint, naming what there is, if it is not there."""
+        if point not in self._watched:
+            self._watched[point] = watch = self._find(point)
+            self.instrument(Location(watch.module, watch.path, self))
+
+    def _find(self, point: str) -> Watch:
+        layer, hook = split(point)
+        if hook in self._custom:
+            return self._module(self._custom[hook].replace("*", str(layer)))
+        if point == "embed.output":
+            layer, hook = 0, "input"
+        if point == "final.output":
+            return self._final_norm()
+        if layer is None or layer >= len(self._blocks):
+            raise UnknownPoint(f"{point}: {self.family} has layers 0 to {len(self._blocks) - 1}")
         block, path = self._blocks[layer], f"{self._path}.{layer}"
-        if hook in SUBMODULES:
-            name = next((n for n in SUBMODULES[hook] if isinstance(getattr(block, n, None), nn.Module)), None)
-            if name is None:
-                has = ", ".join(name for name, _ in block.named_children())
-                raise UnknownPoint(f"{point}: {type(block).__name__} has no {hook}, only {has}")
-            watch = Watch(point, f"{path}.{name}.output", submodule_output)
-            module, path = getattr(block, name), f"{path}.{name}"
-        elif hook == "output":
-            watch, module = Watch(point, f"{path}.output", block_output), block
-        else:
-            watch, module = Watch(point, f"{path}.input", block_input(block)), block
-        self.instrument(Location(module, path, self))
-        self._watched[point] = watch
+        if hook == "output":
+            return Watch(block, path, "output", block_output)
+        if hook == "input":
+            return Watch(block, path, "input", block_input(block))
+        names = SANDWICHED[hook] if hasattr(block, SANDWICHED["mlp"][0]) else JOINING[hook]
+        name = next((n for n in names if isinstance(getattr(block, n, None), nn.Module)), None)
+        if name is None:
+            has = ", ".join(name for name, _ in block.named_children())
+            raise UnknownPoint(f"{point}: {type(block).__name__} has no {hook}, only {has}")
+        return Watch(getattr(block, name), f"{path}.{name}", "output", first_output)
+
+    def _final_norm(self) -> Watch:
+        parent_path, _, _ = self._path.rpartition(".")
+        parent = self._model.get_submodule(parent_path)
+        name = next((n for n in FINAL_NORMS if isinstance(getattr(parent, n, None), nn.Module)), None)
+        if name is None:
+            raise UnknownPoint(f"final.output: {type(parent).__name__} has none of {', '.join(FINAL_NORMS)}")
+        return Watch(getattr(parent, name), f"{parent_path}.{name}".lstrip("."), "output", first_output)
+
+    def _module(self, location: str) -> Watch:
+        path, _, side = location.rpartition(".")
+        try:
+            module = self._model.get_submodule(path)
+        except AttributeError:
+            raise UnknownPoint(f"{location} does not exist: {self._nearest(path)}") from None
+        return Watch(module, path, side, first_output if side == "output" else first_input)
+
+    def _nearest(self, path: str) -> str:
+        """The deepest part of a path that exists, and what is in it."""
+        while path:
+            path = path.rpartition(".")[0]
+            try:
+                module = self._model.get_submodule(path)
+            except AttributeError:
+                continue
+            return f"{path or self.family} has {', '.join(name for name, _ in module.named_children())}"
+        return ""
 
     def open(self, points: Iterable[str], receive: Callable[[int, Stream], None]) -> None:
         """Until `close`, call `receive(i, stream)` with the value at the i-th point as the forward pass reaches it."""
         for i, point in enumerate(points):
-            self._receive[self._watched[point].location] = self._route(i, self._watched[point].read, receive)
+            watch = self._watched[point]
+            self._receive.setdefault(watch.location, []).append(_route(i, watch.read, receive))
         self.interleaving = self.busy = True
 
     def close(self) -> None:
         self.interleaving = self.busy = False
         self._receive.clear()
 
-    @staticmethod
-    def _route(i: int, read: Callable[[Any], Stream], receive: Callable[[int, Stream], None]) -> Callable[[Any], None]:
-        return lambda value: receive(i, read(value))
-
     def handle(self, provider: str, value: Any) -> Any:
         """nnsight's hand-over: every location of an instrumented module comes by here, once, whole batch."""
-        receive = self._receive.get(provider)
-        if receive is not None:
+        for receive in self._receive.get(provider, ()):
             receive(value)
         return value
+
+    def probe(
+        self, points: Iterable[str], forward: Callable[[], Any], n_rows: int, hidden: int, dtype: torch.dtype
+    ) -> None:
+        """Run `forward`, a pass of n_rows, and check that the points hold what their names say.
+
+        Every value must be (n_rows, hidden); each block's input must be the output of the one before; and output must
+        be input + attn + mlp where attn or mlp are asked for. UnknownPoint, naming the family, where it is not so.
+        """
+        asked = list(points)
+        chain = [f"layers.{n}.{side}" for n in range(len(self._blocks)) for side in ("input", "output")]
+        adding = ["layers.0.attn", "layers.0.mlp"] if {split(p).hook for p in asked} & {"attn", "mlp"} else []
+        names = list(dict.fromkeys([*asked, *(chain if self._in_stream(asked) else []), *adding]))
+        seen: dict[str, Tensor] = {}
+
+        def receive(name: str, stream: Stream) -> None:
+            shape = tuple(_flat(stream.hidden).shape)
+            if shape != (n_rows, hidden):
+                raise UnknownPoint(f"{name}: {self.family} has {shape} there, needed ({n_rows}, {hidden})")
+            seen[name] = slab = torch.empty(shape, dtype=dtype, device=stream.hidden.device)
+            stream.write(slab, 0, n_rows)
+
+        # Hooks of torch's own, which come off again: a controller of nnsight's would stay on every block.
+        handles = [_hook(self._find(name), partial(receive, name)) for name in names]
+        try:
+            forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in names:
+            if name not in seen:
+                raise UnknownPoint(f"{name}: {self.family} does not run it")
+        self._check_stream(seen, dtype)
+
+    @staticmethod
+    def _in_stream(points: list[str]) -> bool:
+        return any(split(p).hook in ("input", "output", "attn", "mlp") or p == "embed.output" for p in points)
+
+    def _check_stream(self, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
+        for n in range(1, len(self._blocks) if "layers.0.output" in seen else 0):
+            if not _same(seen[f"layers.{n}.input"], seen[f"layers.{n - 1}.output"], 0):
+                raise UnknownPoint(f"{self.family}: layer {n} does not begin with what layer {n - 1} ends with")
+        if "layers.0.attn" in seen:
+            before, attn, mlp, after = (seen[f"layers.0.{part}"].float() for part in ("input", "attn", "mlp", "output"))
+            if not _same(before + attn + mlp, after, TOLERANCE[dtype]):
+                raise UnknownPoint(f"{self.family}: attn and mlp are not what joins the residual stream")
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal to within a share of the largest element. NaN equals NaN: without a cache, attention leaves what was in
+    memory.
+    """
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return bool(torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max())))
+
+
+def _hook(watch: Watch, receive: Callable[[Stream], None]) -> RemovableHandle:
+    """A torch hook that reads what nnsight's controller would hand over."""
+    if watch.side == "output":
+        return watch.module.register_forward_hook(lambda module, args, value: receive(watch.read(value)))
+    return watch.module.register_forward_pre_hook(
+        lambda module, args, kwargs: receive(watch.read((args, kwargs))), with_kwargs=True
+    )
+
+
+def _route(i: int, read: Read, receive: Callable[[int, Stream], None]) -> Callable[[Any], None]:
+    return lambda value: receive(i, read(value))

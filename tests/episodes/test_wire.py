@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from episodes.errors import BadCapture, CorruptFile, UnknownPoint
+from episodes.points import Points
 from episodes.wire import DTYPES, CallFile, Capture, Collect, Sequence, header, join, read_header
 from worker.spool import SpoolFile, spooled
 
@@ -117,8 +118,8 @@ def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):
 
 def test_collect_activations_takes_the_names_that_clients_send():
     asked = Collect.parse({"layers": [3, 1], "hook_points": ["output", "attn.output"], "positions": [-1]})
-    assert asked.points(POINTS, 6) == ["layers.3.output", "layers.3.attn", "layers.1.output", "layers.1.attn"]
-    assert Collect.parse(True).points(POINTS, 6) == POINTS
+    assert asked.points(POINTS, Points(6)) == ["layers.3.output", "layers.3.attn", "layers.1.output", "layers.1.attn"]
+    assert Collect.parse(True).points(POINTS, Points(6)) == POINTS
 
 
 @pytest.mark.parametrize(
@@ -129,12 +130,12 @@ def test_collect_activations_takes_the_names_that_clients_send():
         ([1], BadCapture, r"collect_activations"),
         ({"layers": []}, BadCapture, r"no point"),
         ({"layers": [6]}, UnknownPoint, r"layers 0 to 5"),
-        ({"hook_points": ["logits"]}, UnknownPoint, r"output, input, attn, mlp"),
+        ({"hook_points": ["logits"]}, UnknownPoint, r"output, input, attn, mlp, embed.output, final.output"),
     ],
 )
 def test_a_wrong_collect_activations_says_what_is_accepted(value, error, says):
     with pytest.raises(error, match=says):
-        Collect.parse(value).points(POINTS, 6)
+        Collect.parse(value).points(POINTS, Points(6))
 
 
 def test_a_sequence_survives_json():

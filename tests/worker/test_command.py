@@ -58,7 +58,8 @@ def test_layers_default_to_8_12_16_or_the_models_quarters(tmp_path, depth, layer
     ("arguments", "says"),
     [
         (["--layers", "24"], "layers 0 to 23"),
-        (["--layers=8,x"], "layer numbers between commas"),
+        (["--layers=8,x"], "numbers .* ranges .* slices"),
+        (["--layers=9-8"], "layers of 0 to 23"),
         (["--hook-points", "logits"], "output, input, attn, mlp"),
     ],
 )

@@ -1,0 +1,80 @@
+"""Points: what people write, and what they get for it."""
+
+import pytest
+
+from episodes.errors import BadInput, UnknownPoint
+from episodes.points import Points, default_layers, legacy_key, parse_custom
+
+OFFERED = Points(24, {"o_proj": "model.layers.*.self_attn.o_proj.output", "rotary": "model.rotary.output"})
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("8,12,16", [8, 12, 16]),
+        ("all", list(range(24))),
+        ("8-11", [8, 9, 10, 11]),
+        ("::8", [0, 8, 16]),
+        ("-2,-1", [22, 23]),
+        ("-3:", [21, 22, 23]),
+        ("20-23, 0,20", [20, 21, 22, 23, 0]),
+        (":2", [0, 1]),
+        ("1:9:4", [1, 5]),
+    ],
+)
+def test_layers_are_written_as_people_write_them(text, layers):
+    assert OFFERED.parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "x", "1,,2", "24", "-25", "9-8", "5:5", "::0", "1.5", "0-24"])
+def test_layers_that_are_none_are_refused_with_what_exists(text):
+    with pytest.raises(UnknownPoint, match=r"0 to 23"):
+        OFFERED.parse_layers(text)
+
+
+def test_points_are_named_layer_by_layer_and_the_rest_once():
+    hooks = ["output", "embed.output", "mlp.output", "o_proj", "rotary", "output"]
+    assert OFFERED.name([-1, 0, 23], hooks) == [
+        "layers.23.output", "layers.23.mlp", "layers.23.o_proj", "layers.0.output", "layers.0.mlp", "layers.0.o_proj",
+        "embed.output", "rotary",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["layers.3.output", "layers.0.o_proj", "rotary", "final.output", "embed.output"])
+def test_a_point_of_the_model_is_known(point):
+    assert OFFERED.check(point)
+
+
+@pytest.mark.parametrize(
+    "point", ["layers.24.output", "layers.0.rotary", "o_proj", "layers.0.embed", "", "layers.x.mlp"]
+)
+def test_any_other_is_not(point):
+    with pytest.raises(UnknownPoint):
+        OFFERED.check(point)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "o_proj",
+        "o_proj=",
+        "output=model.x.output",
+        "a=model.x",
+        "a=model.*.x.*.output",
+        "a b=model.x.output",
+        "a=*.output",
+    ],
+)
+def test_a_location_that_is_none_is_refused(text):
+    with pytest.raises(BadInput, match=r"name=location"):
+        parse_custom(text)
+
+
+def test_a_location_is_taken_apart():
+    assert parse_custom("o=model.layers.*.self_attn.o_proj.input") == ("o", "model.layers.*.self_attn.o_proj.input")
+
+
+def test_keys_are_the_ones_that_clients_know():
+    keys = [legacy_key(p) for p in ("layers.8.output", "layers.8.attn", "final.output")]
+    assert keys == ["layer_8_output", "layer_8_attn", "final_output"]
+    assert default_layers(2) == [0, 1]

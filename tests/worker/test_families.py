@@ -1,0 +1,130 @@
+"""Every hook point on every family that we name, against transformers in float32."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.worker.record import N_GENERATED, PROMPT
+
+pytestmark = pytest.mark.engine
+
+TINY = {"vocab_size": 256, "initializer_range": 0.2}
+DENSE = TINY | {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 256,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+FAMILIES = {
+    "llama": ("LlamaConfig", DENSE),
+    "mistral": ("MistralConfig", DENSE | {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", DENSE),
+    "qwen3": ("Qwen3Config", DENSE | {"head_dim": 32}),
+    "phi3": ("Phi3Config", DENSE),
+    "gemma3": ("Gemma3TextConfig", DENSE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 128}),
+    "olmo2": ("Olmo2Config", DENSE),
+    "gpt2": ("GPT2Config", TINY | {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256, "eos_token_id": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", DENSE | {"head_dim": 32} | EXPERTS),
+}
+INSIDE = [f"layers.{n}.{hook}" for n in (0, 2) for hook in ("input", "attn", "mlp", "output")]
+POINTS = ["embed.output", *INSIDE, "final.output"]
+
+
+def make(family, home):
+    """A tiny random model in a directory, and in transformers."""
+    import torch
+    import transformers
+
+    kind, fields = FAMILIES[family]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields)).float().eval()
+    model.save_pretrained(home)
+    return model
+
+
+def reference(model, tokens):
+    """point → [tokens, hidden], read off transformers' own modules."""
+    import torch
+
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.transformer
+    blocks, norm = (body.h, body.ln_f) if hasattr(body, "h") else (body.layers, body.norm)
+    found = {}
+
+    def keep(point, value):
+        value = value[0] if isinstance(value, tuple) else value
+        found[point] = value.detach().reshape(len(tokens), -1).numpy().copy()
+
+    def after(module, point):
+        module.register_forward_hook(lambda m, args, value: keep(point, value))
+
+    def before(module, point):
+        module.register_forward_pre_hook(
+            lambda m, args, kwargs: keep(point, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+
+    for n, block in enumerate(blocks):
+        sandwiched = hasattr(block, "post_feedforward_layernorm")
+        plain = "attn" if hasattr(block, "attn") else "self_attn"
+        after(getattr(block, "post_attention_layernorm" if sandwiched else plain), f"layers.{n}.attn")
+        after(block.post_feedforward_layernorm if sandwiched else block.mlp, f"layers.{n}.mlp")
+        after(block, f"layers.{n}.output")
+        before(block, f"layers.{n}.input")
+    after(norm, "final.output")
+    with torch.no_grad():
+        model(torch.tensor([tokens]))
+    return found | {"embed.output": found["layers.0.input"]}
+
+
+def record(home, points, *custom):
+    """(tokens, rows) as our worker recorded them in vLLM, or what it said when it refused."""
+    out = home / "recorded.npz"
+    env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
+    command = [sys.executable, "-m", "tests.worker.record", str(home), str(out), ",".join(points), *custom]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    if done.returncode:
+        return done.stderr
+    with np.load(out) as found:
+        return found["tokens"].tolist(), found["rows"]
+
+
+@pytest.fixture(autouse=True)
+def alone(engines):
+    """One vLLM at a time."""
+    engines.stop()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_point_holds_what_its_name_says(family, tmp_path):
+    """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4."""
+    model = make(family, tmp_path)
+    recorded = record(tmp_path, POINTS)
+    assert not isinstance(recorded, str), recorded[-3000:]
+    tokens, rows = recorded
+    assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + N_GENERATED - 1
+    expected = reference(model, tokens)
+    for i, point in enumerate(POINTS):
+        error = np.linalg.norm(rows[:, i] - expected[point], axis=1) / np.linalg.norm(expected[point], axis=1)
+        assert error.max() <= 1e-4, f"{point}: {error.max()}"
+
+
+def test_a_module_of_ones_own_is_a_point(tmp_path):
+    """The output projection's output is what the attention block adds."""
+    make("llama", tmp_path)
+    points = ["layers.1.attn", "layers.1.mine"]
+    _, rows = record(tmp_path, points, "mine=model.layers.*.self_attn.o_proj.output")
+    assert np.array_equal(rows[:, 0], rows[:, 1]) and rows.any()
+
+
+@pytest.mark.parametrize(
+    ("location", "says"),
+    [
+        ("model.layers.*.self_attn.qkv_proj.output", "LlamaForCausalLM has (1, 128) there, needed (1, 64)"),
+        ("model.layers.*.self_attn.nothing.output", "model.layers.0.self_attn has"),
+    ],
+)
+def test_a_location_that_does_not_fit_is_refused_at_start_by_name(tmp_path, location, says):
+    make("llama", tmp_path)
+    refused = record(tmp_path, ["layers.0.mine"], f"mine={location}")
+    assert isinstance(refused, str) and "UnknownPoint" in refused and says in refused
