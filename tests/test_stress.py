@@ -36,8 +36,8 @@ def tiny(tmp_path_factory):
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, initializer_range=0.2, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config).float().eval()
     home = tmp_path_factory.mktemp("tiny")
@@ -49,9 +49,9 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(engines, tiny):
     flags = [
-        str(tiny[0]), "--dtype", "float32", "--layers", ",".join(map(str, LAYERS)), "--max-model-len", "1024",
+        str(tiny[0]), "--dtype", "float32", "--layers", ",".join(map(str, LAYERS)), "--max-model-len", "512",
         "--max-num-batched-tokens", "64", "--max-num-seqs", str(CALLS), "--block-size", "32",
-        "--num-gpu-blocks-override", "40", "--served-model-name", "tiny",
+        "--num-gpu-blocks-override", "20", "--served-model-name", "tiny", "--gpu-memory-utilization", "0.2",
     ]  # fmt: skip
     return engines.get("tiny", flags)
 
@@ -62,10 +62,11 @@ def requests(draw):
     # Few words and few lengths, so that many calls of a mixture share prefixes of many blocks.
     shared = " ".join(WORDS[: draw(st.sampled_from([2, 5, len(WORDS)]))] * draw(st.sampled_from([1, 4, 10])))
     text = f"{shared} {draw(st.sampled_from(['', 'One.', 'Two.']))}"
-    body = {"model": "tiny", "max_tokens": draw(st.integers(1, 60)), "seed": draw(st.integers(0, 3))}
+    # No seed: vLLM 0.32's CPU build dies of a seeded request whose prompt runs in chunks (it rewinds the generator).
+    body = {"model": "tiny", "max_tokens": draw(st.sampled_from([1, 7, 60, 120]))}
     body["temperature"] = draw(st.sampled_from([0.0, 1.0]))
     body |= {"n": draw(st.integers(1, 3))} if body["temperature"] else {}
-    body |= draw(st.sampled_from([{}, {"ignore_eos": True}, {"stop": ["a", "e"]}, {"stop": ["ing"]}]))
+    body |= draw(st.sampled_from([{}, {"ignore_eos": True}, {"ignore_eos": True}, {"stop": ["a", "ing"]}]))
     leave = None
     if draw(st.booleans()):
         body["stream"] = True
