@@ -43,10 +43,13 @@ REPLY = "The reservation was found: two passengers, one bag, economy, leaving on
 @contextlib.contextmanager
 def server(stock: bool, log: Path) -> Iterator[psutil.Process]:
     """A server with the worker's own flags, without anything of ours in it if `stock`."""
-    command, env = plan(["--port", str(PORT), "--max-model-len", "8192"], dict(os.environ))
-    for flag in ("--worker-cls", "--middleware", "--additional-config") if stock else ():
-        at = command.index(flag)
-        del command[at : at + 2]
+    flags = ["--port", str(PORT), "--max-model-len", "8192"]
+    command, env = [sys.executable, "-m", "worker", *flags], dict(os.environ)
+    if stock:
+        command, env, _ = plan(flags, env)
+        for flag in ("--worker-cls", "--middleware", "--additional-config"):
+            at = command.index(flag)
+            del command[at : at + 2]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
     try:

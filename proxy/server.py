@@ -100,7 +100,8 @@ class Proxy:
 
     async def _run(self, app: web.Application) -> Any:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        connector = aiohttp.TCPConnector(limit=0)
+        # vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
             self._backend = Backend(self._config, session)

@@ -31,6 +31,8 @@ async def run_stack(config: Config, command: list[str]) -> int:
         output = log.open("wb")
     except OSError as error:
         raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None
+    if await _healthy(config.backend):
+        raise BadInput(f"something else answers at {config.backend}: stop it, or give another --worker-port")
     with output:
         # A session of its own: Ctrl-C reaches us alone, and the worker lives until its last rows are claimed.
         worker = await asyncio.create_subprocess_exec(

@@ -189,7 +189,7 @@ class Engines:
 
 def stock(flags: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """The command of vLLM's own server with the worker's flags and nothing of ours in it."""
-    command, env = plan(flags, env)
+    command, env, _ = plan(flags, env)
     for flag in ("--worker-cls", "--middleware", "--additional-config"):
         at = command.index(flag)
         del command[at : at + 2]
@@ -198,7 +198,7 @@ def stock(flags: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, s
 
 def model_home() -> Path:
     """Where the embedded model lies, once a worker has made it."""
-    command, _ = plan([], dict(os.environ))
+    command, _, _ = plan([], dict(os.environ))
     return Path(command[command.index("--model") + 1])
 
 

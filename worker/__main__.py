@@ -21,16 +21,31 @@ Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tenso
 --tool-call-parser, --api-key, …). The server listens on 127.0.0.1:8001 unless --host and --port say otherwise.
 Prefix caching and chunked prefill stay on. The model runs eagerly: observers do not fire inside compiled graphs.
 """
+# What vLLM can do and the recorder cannot follow yet, by flag, unless it is set to 1.
+REFUSED = {
+    "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
+    "--pipeline-parallel-size": "each stage would see its own layers only: use --tensor-parallel-size",
+    "-pp": "each stage would see its own layers only: use --tensor-parallel-size",
+    "--data-parallel-size": "start one worker per replica",
+    "-dp": "start one worker per replica",
+    "--api-server-count": "the activations of a call are known to one API server only: leave it out",
+    "-asc": "the activations of a call are known to one API server only: leave it out",
+}
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the worker; exits with 2 on bad input, with the reason on standard error."""
     from episodes.errors import BadInput, TautapError
+    from worker.spool import prepare
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, env = plan(arguments, dict(os.environ))
+        command, env, spool = plan(arguments, dict(os.environ))
+        try:
+            prepare(spool)
+        except OSError as error:
+            raise BadInput(f"--spool-dir: {spool} cannot be written: {error.strerror}") from None
     except BadInput as error:
         sys.exit(_complain(error, 2))
     except TautapError as error:
@@ -38,16 +53,18 @@ def main(argv: list[str] | None = None) -> None:
     os.execve(command[0], command, env)
 
 
-def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The command to become and its environment."""
+def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str], Path]:
+    """The command to become, its environment, and the spool's directory; BadInput for what cannot be recorded."""
     from episodes.errors import BadInput
     from episodes.points import Points, default_layers, parse_custom
-    from worker.spool import prepare
 
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     ours, vllm_args = _parser().parse_known_args(arguments)
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
         raise BadInput("the worker needs vLLM and nnsight: pip install 'tautap[worker]' (GPU) or 'tautap[worker-cpu]'")
+    for flag, reason in REFUSED.items():
+        if _value(vllm_args, flag) not in (None, "1"):
+            raise BadInput(f"{flag}: {reason}")
     defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001"}
     if model is None and _value(vllm_args, "--model") is None:
         from worker import smollm
@@ -64,11 +81,9 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     offered = Points(n_layers, dict(map(parse_custom, ours.point)))
     layers = default_layers(n_layers) if ours.layers is None else offered.parse_layers(ours.layers)
     points = offered.name(layers, [*ours.hook_points.split(","), *offered.custom])
-    spool = Path(ours.spool_dir or _spool_home() / f"tautap-spool-{_value(vllm_args, '--port')}")
-    try:
-        prepare(spool)
-    except OSError as error:
-        raise BadInput(f"--spool-dir {spool} cannot be written: {error.strerror}") from None
+    # A directory of our own in the one that was given: whatever lies in it when a worker starts is cleared.
+    home = Path(ours.spool_dir) if ours.spool_dir else _spool_home()
+    spool = home / f"tautap-spool-{_value(vllm_args, '--port')}"
     recorder = {
         "spool_dir": str(spool),
         "spool_bytes": ours.spool_bytes,
@@ -81,7 +96,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     module = "vllm.entrypoints.openai.api_server"
     own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
     own += ["--additional-config", json.dumps(additional), "--enforce-eager"]
-    return [sys.executable, "-m", module, *vllm_args, *own], env
+    return [sys.executable, "-m", module, *vllm_args, *own], env, spool
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,14 +9,17 @@ The format is in `episodes.wire`. Written by the engine process, read and delete
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from episodes.wire import header, nbytes
+from episodes.errors import BadInput
+from episodes.wire import header
 
 PART, WHOLE, FAILED = ".part", ".safetensors", ".failed"
 
@@ -104,12 +107,18 @@ def used_bytes(directory: Path) -> int:
 
 
 def prepare(directory: Path) -> None:
-    """Make the directory and clear what a worker before this one left: nobody can claim it any more."""
+    """Make the directory this process's own and clear what a worker before it left: nobody can claim that any more.
+
+    The lock is held until the process ends, whatever it becomes by `exec`. BadInput if another worker holds it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise BadInput(f"{directory} is the spool of a worker that runs: give another --port or --spool-dir") from None
+    os.set_inheritable(lock, True)
     for path in directory.iterdir():
         if path.suffix in (PART, WHOLE, FAILED):
             path.unlink()
-
-
-def row_nbytes(dtype: str, points: int, hidden: int) -> int:
-    return nbytes(dtype, (points, hidden))

@@ -21,10 +21,10 @@ UP = "import sys, proxy.__main__ as m; m.WORKER = [sys.executable, '-m', 'tests.
 def start(tmp_path):
     started = []
 
-    def run(*arguments, script=UP):
+    def run(*arguments, script=UP, last=False):
         port, worker_port = free_port(), free_port()
         flags = ["--data", str(tmp_path), "--run", "r", "--port", str(port), "--worker-port", str(worker_port)]
-        command = [sys.executable, "-c", script, "up", *arguments, *flags]
+        command = [sys.executable, "-c", script, "up", *(flags if last else ()), *arguments, *(() if last else flags)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(process)
         return process, f"http://127.0.0.1:{port}", worker_port
@@ -83,6 +83,13 @@ def test_bad_input_of_the_worker_is_one_line(start, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "tautap worker: layer 9 does not exist: this model has layers 0 to 3" in output
+
+
+def test_a_worker_that_runs_already_is_not_taken_for_ours(start, stub, tmp_path):
+    """Its activations would be claimed from under whoever started it."""
+    process, _, _ = start("--worker-port", stub.url.rpartition(":")[2], last=True)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 2 and "something else answers" in output
 
 
 def test_an_alias_that_is_none_is_refused(start):

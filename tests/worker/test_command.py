@@ -8,6 +8,7 @@ import pytest
 
 from episodes.errors import BadInput, UnknownPoint
 from worker.__main__ import plan
+from worker.spool import prepare
 
 
 @pytest.fixture
@@ -21,7 +22,8 @@ def model(tmp_path):
 
 def settled(arguments, tmp_path):
     """vLLM's flags, and our share of the additional config."""
-    command, env = plan([*arguments, "--spool-dir", str(tmp_path / "spool")], {})
+    command, env, spool = plan([*arguments, "--spool-dir", str(tmp_path / "spool")], {})
+    assert spool.parent == tmp_path / "spool" and not spool.exists()
     assert env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     additional = json.loads(command[command.index("--additional-config") + 1])
     return command, additional
@@ -68,9 +70,27 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
         settled([model, *arguments], tmp_path)
 
 
-def test_a_spool_that_cannot_be_written_is_refused(model):
-    with pytest.raises(BadInput, match="--spool-dir /dev/null/x cannot be written"):
-        plan([model, "--spool-dir", "/dev/null/x"], {})
+@pytest.mark.parametrize(
+    "flags", [["--speculative-config", "{}"], ["-pp", "2"], ["--data-parallel-size=2"], ["--api-server-count", "4"]]
+)
+def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags):
+    with pytest.raises(BadInput, match=flags[0].partition("=")[0]):
+        settled([model, *flags], tmp_path)
+    assert settled([model, "-pp", "1"], tmp_path)
+
+
+def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
+    """A second worker on the same port must not clear the first one's spool; other files stay."""
+    spool = tmp_path / "tautap-spool-1"
+    spool.mkdir()
+    (spool / "old.0.safetensors").write_text("")
+    (tmp_path / "model.safetensors").write_text("mine")
+    prepare(spool)
+    assert sorted(p.name for p in spool.iterdir()) == [".lock"] and (tmp_path / "model.safetensors").exists()
+    (spool / "new.0.safetensors").write_text("")
+    with pytest.raises(BadInput, match="another --port or --spool-dir"):
+        prepare(spool)
+    assert (spool / "new.0.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -78,6 +98,7 @@ def test_a_spool_that_cannot_be_written_is_refused(model):
     [
         (["--layers", "99"], "layer 99 does not exist: this model has layers 0 to 23"),
         (["--spool-bytes", "much"], "'much': give bytes"),
+        (["--spool-dir", "/dev/null"], "cannot be written"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(model, arguments, says):
