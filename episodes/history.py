@@ -36,16 +36,25 @@ class Episode:
 class History:
     """Replays records into the state they stand for. Records come in the order of the journal."""
 
-    def __init__(self, records: Iterable[Record] = ()) -> None:
+    def __init__(self, records: Iterable[Record] = (), forget_sealed: bool = False) -> None:
+        """forget_sealed: let go of the calls that a seal names, as a writer does that runs for weeks; who stored which
+        row stays known.
+        """
         self.calls: dict[str, Call] = {}
         self.episodes: dict[str, Episode] = {}
+        self._forget_sealed = forget_sealed
         self._rows: dict[tuple[str, ...], Rows] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
         if isinstance(record, Seal):
-            self._episode(record.episode).sealed = record
+            episode = self._episode(record.episode)
+            episode.sealed = record
+            if self._forget_sealed:
+                episode.calls = episode.unsealed
+                for call in record.calls:
+                    self.calls.pop(call, None)
             return
         kept: Ranges = {}
         for part in record.kept:
@@ -85,10 +94,6 @@ class History:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
         rows = self._rows.get(call.spec, Rows())
         return {s.choice: rows.spans(s.tokens) for s in call.sequences} if call.points else {}
-
-    def n_missing(self, call: Call) -> int:
-        """Positions of the call that have no row."""
-        return sum(s.stop - s.start for spans in self.spans(call).values() for s in spans if s.owner is None)
 
     def _episode(self, name: str) -> Episode:
         return self.episodes.setdefault(name, Episode(name))

@@ -20,7 +20,8 @@ and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements p
 journal, then choice, then position; row groups hold at most 4,096 rows; pages carry checksums; vectors have neither
 dictionary nor statistics and are compressed with zstd level 1 unless the run says `none`.
 
-**calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`.
+**calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`. They are written when the
+proxy stops and by `tautap seal`; the journal is always ahead of them or equal.
 
 A page's checksum guards reading; the whole file's CRC-32 is in the journal's seal.
 

@@ -18,7 +18,7 @@ from episodes.layout import Layout
 from episodes.rows import Owner, Span
 from episodes.shards import vector_column
 from episodes.store import read_run
-from episodes.tables import calls_table, episodes_table
+from episodes.tables import index
 from episodes.wire import CallFile
 
 
@@ -37,17 +37,22 @@ class Run:
         self.about: records.Run = read_run(layout)
         lines = list(journal.read(layout.journal))
         self.broken = [line for line in lines if isinstance(line, journal.Broken)]
-        self.history = History(line for line in lines if not isinstance(line, journal.Broken))
+        self._records = [line for line in lines if not isinstance(line, journal.Broken)]
+        self.history = History(self._records)
 
-    @cached_property
+    @property
     def calls(self) -> pa.Table:
         """One row per call, columns as in `episodes.tables.CALLS`."""
-        return calls_table(self.history)
+        return pa.concat_tables(self._index[:-1])
 
-    @cached_property
+    @property
     def episodes(self) -> pa.Table:
         """One row per episode, columns as in `episodes.tables.EPISODES`."""
-        return episodes_table(self.history, self.layout)
+        return self._index[-1]
+
+    @cached_property
+    def _index(self) -> list[pa.Table]:
+        return list(index(self.history, self.layout, self._records))
 
     def call(self, call_id: str) -> Call:
         if call_id not in self.history.calls:

@@ -17,12 +17,12 @@ import zstandard
 
 from episodes import journal
 from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
-from episodes.history import Episode, History, Ranges
+from episodes.history import History, Ranges
 from episodes.layout import FORMAT, Layout, crc32, publish, whole
-from episodes.records import Call, Model, Run, Seal
+from episodes.records import Call, Model, Record, Run, Seal
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, write_shard
-from episodes.tables import calls_table, episodes_table
+from episodes.tables import CALLS, EPISODES, index
 from episodes.wire import DTYPE_CODES, CallFile
 
 
@@ -49,8 +49,7 @@ class Store:
             if not layout.run.exists():
                 self._write(Run(FORMAT, layout.root.name, time.time(), compression=compression))
             self.run = read_run(layout)
-            records = [record for record in journal.read(layout.journal) if not isinstance(record, journal.Broken)]
-            self.history = History(records)
+            self.history = History(self._records(), forget_sealed=True)
             self._journal = journal.Journal(layout.journal)
         except BaseException:
             self._lock.close()
@@ -120,38 +119,47 @@ class Store:
         episode = self.history.episodes[name]
         if not episode.unsealed:
             return None
+        before = episode.sealed.calls if episode.sealed else []
+        # An episode that goes on after its seal is rare: only then are its earlier calls read again.
+        held = [r for r in self._records() if isinstance(r, Call) and r.id in set(before)] if before else []
+        fresh = episode.unsealed
         shard = self.layout.shard(name)
         n_rows = 0
-        kept = [call for call in episode.calls if call.kept]
+        kept = [call for call in (*held, *fresh) if call.kept]
         if kept and self.run.recorded is not None:
-            n_rows = write_shard(shard, kept, self._blocks(episode), self.run.recorded, self.run.compression)
+            blocks = self._blocks(shard, held, fresh)
+            n_rows = write_shard(shard, kept, blocks, self.run.recorded, self.run.compression)
         n_bytes, checksum = (shard.stat().st_size, crc32(shard)) if n_rows else (0, 0)
-        seal = Seal(name, [call.id for call in episode.calls], n_rows, n_bytes, checksum, time.time())
+        seal = Seal(name, before + [call.id for call in fresh], n_rows, n_bytes, checksum, time.time())
         self._journal.append(seal)
         self.history.add(seal)
-        for thread in {call.thread for call in episode.calls}:
+        for thread in {call.thread for call in fresh}:
             shutil.rmtree(self.layout.live / thread, ignore_errors=True)
         return seal
 
-    def _blocks(self, episode: Episode) -> Iterator[Block]:
-        fresh = {call.id for call in episode.unsealed}
-        held = {call.id: call for call in episode.calls if call.id not in fresh}
-        if any(call.kept for call in held.values()):
-            yield from shard_blocks(self.layout.shard(episode.id), held)
-        for call in episode.unsealed:
+    def _blocks(self, shard: Path, held: list[Call], fresh: list[Call]) -> Iterator[Block]:
+        if any(call.kept for call in held):
+            yield from shard_blocks(shard, {call.id: call for call in held})
+        for call in fresh:
             if call.kept:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
 
+    def _records(self) -> Iterator[Record]:
+        """The journal's records so far, one at a time; what cannot be read is left to `verify`."""
+        return (record for record in journal.read(self.layout.journal) if not isinstance(record, journal.Broken))
+
     def roll(self) -> None:
-        """Write the index tables anew."""
-        size = self.layout.journal.stat().st_size
-        for path, table in (
-            (self.layout.calls, calls_table(self.history)),
-            (self.layout.episodes, episodes_table(self.history, self.layout)),
+        """Write the index tables anew, in one pass through the journal."""
+        about = {"journal_bytes": str(self.layout.journal.stat().st_size)}
+        with (
+            whole(self.layout.calls) as calls,
+            whole(self.layout.episodes) as episodes,
+            pq.ParquetWriter(calls, CALLS.with_metadata(about), compression="zstd") as to_calls,
+            pq.ParquetWriter(episodes, EPISODES.with_metadata(about), compression="zstd") as to_episodes,
         ):
-            about = (table.schema.metadata or {}) | {b"journal_bytes": str(size).encode()}
-            with whole(path) as draft:
-                pq.write_table(table.replace_schema_metadata(about), draft, compression="zstd")
+            for table in index(self.history, self.layout, self._records()):
+                writer = to_calls if table.schema.equals(CALLS) else to_episodes
+                writer.write_table(table.cast(writer.schema))
 
     def close(self) -> None:
         self._journal.close()

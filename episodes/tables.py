@@ -5,13 +5,17 @@ The file metadata `journal_bytes` says how much of the journal a table stands fo
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from episodes.history import Episode, History
+from episodes.history import History
 from episodes.layout import Layout
-from episodes.records import Call
+from episodes.records import Call, Record, Seal
 
 SPAN = pa.struct(
     [
@@ -86,18 +90,71 @@ EPISODES = pa.schema(
 )
 
 
-def calls_table(history: History) -> pa.Table:
-    """One row per committed call, in the journal's order."""
-    return _table([_call_row(history, call) for call in history.calls.values()], CALLS)
+BATCH = 256
 
 
-def episodes_table(history: History, layout: Layout) -> pa.Table:
-    """One row per episode. n_rows: rows it stores; n_shared: positions of its calls whose row is another call's."""
-    return _table([_episode_row(history, layout, episode) for episode in history.episodes.values()], EPISODES)
+def index(history: History, layout: Layout, records: Iterable[Record]) -> Iterator[pa.Table]:
+    """The index in pieces: tables of CALLS in the journal's order, then one table of EPISODES.
+
+    history: who stored which row. records: the journal's, passed through once, so a long run need not fit in memory
+    """
+    episodes: dict[str, Tally] = {}
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        tally = episodes.setdefault(record.episode, Tally(record.episode))
+        if isinstance(record, Seal):
+            tally.sealed = record
+            continue
+        row = _call_row(history, record)
+        tally.add(record, row)
+        rows.append(row)
+        if len(rows) == BATCH:
+            yield pa.Table.from_pylist(rows, CALLS)
+            rows = []
+    yield pa.Table.from_pylist(rows, CALLS)
+    yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values()], EPISODES)
 
 
-def _table(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_pylist(rows, schema=schema)
+@dataclass
+class Tally:
+    """An episode's row while its calls go by."""
+
+    episode: str
+    sealed: Seal | None = None
+    calls: dict[str, None] = field(default_factory=dict)
+    threads: dict[str, None] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    n_turns: int = 0
+    started: float = math.inf
+    ended: float = 0.0
+
+    def add(self, call: Call, row: dict[str, Any]) -> None:
+        self.calls[call.id] = self.threads[call.thread] = None
+        self.n_turns = max(self.n_turns, call.turn + 1)
+        self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
+        self.counts.update({name: row[name] for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
+        self.counts["n_positions"] += call.n_positions if call.points else 0
+
+    def row(self, layout: Layout) -> dict[str, Any]:
+        """n_rows: rows it stores; n_shared: positions of its calls whose row is another call's."""
+        counts, sealed = self.counts, self.sealed
+        whole = sealed is not None and self.calls.keys() <= set(sealed.calls)
+        return {
+            "episode": self.episode,
+            "status": "sealed" if whole else "live",
+            "threads": list(self.threads),
+            "n_calls": len(self.calls),
+            "n_turns": self.n_turns,
+            "n_prompt": counts["n_prompt"],
+            "n_completion": counts["n_completion"],
+            "n_rows": counts["n_rows"],
+            "n_shared": counts["n_positions"] - counts["n_rows"] - counts["n_missing"],
+            "n_missing": counts["n_missing"],
+            "started": _us(self.started),
+            "ended": _us(self.ended),
+            "shard": str(layout.shard(self.episode).relative_to(layout.root)) if sealed and sealed.n_rows else None,
+            "n_bytes": sealed.n_bytes if sealed else 0,
+        }
 
 
 def _call_row(history: History, call: Call) -> dict[str, Any]:
@@ -148,29 +205,6 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
         ],
         "request": call.request,
         "reply": call.reply,
-    }
-
-
-def _episode_row(history: History, layout: Layout, episode: Episode) -> dict[str, Any]:
-    calls = episode.calls
-    n_rows = sum(call.n_kept for call in calls)
-    n_missing = sum(history.n_missing(call) for call in calls)
-    n_positions = sum(call.n_positions for call in calls if call.points)
-    return {
-        "episode": episode.id,
-        "status": episode.status,
-        "threads": list(dict.fromkeys(call.thread for call in calls)),
-        "n_calls": len(calls),
-        "n_turns": max((call.turn + 1 for call in calls), default=0),
-        "n_prompt": sum(call.n_prompt for call in calls),
-        "n_completion": sum(call.n_completion for call in calls),
-        "n_rows": n_rows,
-        "n_shared": n_positions - n_rows - n_missing,
-        "n_missing": n_missing,
-        "started": _us(min((call.started for call in calls), default=None)),
-        "ended": _us(max((call.ended for call in calls), default=None)),
-        "shard": str(layout.shard(episode.id).relative_to(layout.root)) if episode.sealed else None,
-        "n_bytes": episode.sealed.n_bytes if episode.sealed else 0,
     }
 
 

@@ -142,8 +142,6 @@ class Recording:
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
                 self._touched[episode] = now
-        if quiet:
-            await self._on_disk(self._store.roll)
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""
@@ -192,10 +190,7 @@ class Recorder:
         while True:
             await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
             for recording in list(self._runs.values()):
-                try:
-                    await recording.seal(idle_s)
-                except Exception:
-                    logger.exception("the index could not be rolled; it is tried again with the next seal")
+                await recording.seal(idle_s)
 
     async def close(self) -> None:
         if self._sealing is not None:

@@ -162,7 +162,7 @@ class Engines:
 
     def _start(self, kind: str, flags: list[str]) -> None:
         port = free_port()
-        command = [sys.executable, "-m", "worker", *flags, "--port", str(port)]
+        command = [sys.executable, "-m", "worker", *flags, "--port", str(port), "--spool-dir", str(self._logs)]
         env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
         if kind == "stock":
             command, env = stock(command[3:], env)

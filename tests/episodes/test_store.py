@@ -110,6 +110,7 @@ def test_each_token_is_stored_once(tmp_path):
     writer = Writer(tmp_path)
     talk(writer)
     assert [(k.start, k.stop) for k in writer.store.history.calls["c2"].kept] == [(5, 8)]
+    writer.store.seal("e")
     again = writer.commit("c4", [1, 2, 3, 4], [5, 6], episode="g")
     assert again.kept == [] and not writer.layout.live_file("t-g", "c4").exists()
     writer.store.seal("g")
@@ -216,6 +217,23 @@ def test_a_shard_is_compressed_or_not_as_the_run_says(tmp_path):
             sizes[compression] = file.metadata.row_group(0).column(9).compression
         writer.close()
     assert sizes == {"zstd": "ZSTD", "none": "UNCOMPRESSED"}
+
+
+def test_a_writer_lets_go_of_what_is_sealed_and_still_knows_every_row(tmp_path):
+    """What a run for weeks keeps in memory are token ids and owners, not calls; also after a restart."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.seal("e")
+    for store in (writer.store, None):
+        if store is None:
+            writer.close()
+            writer = Writer(tmp_path)
+        assert list(writer.store.history.calls) == ["c3"] and writer.store.history.episodes["e"].calls == []
+    assert writer.commit("c4", [1, 2, 3, 4], [5, 6], episode="g").kept == []
+    writer.store.roll()
+    run = writer.close()
+    assert pq.read_table(run.layout.calls).equals(run.calls) and pq.read_table(run.layout.episodes).equals(run.episodes)
+    assert run.calls["call"].to_pylist() == ["c1", "c2", "c3", "c4"]
 
 
 # ---- what cannot be
