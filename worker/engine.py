@@ -51,10 +51,12 @@ class RecordingRunner(GPUModelRunner):
         )
 
     def probe(self) -> None:
-        """Refuse the model, by name, if its points are not what their names say."""
-        if self.recorder is not None:
-            config, model = self.recorder.config, self.model_config
-            self.tap.probe(config.points, lambda: self._dummy_run(1), 1, model.get_hidden_size(), model.dtype)
+        """Refuse the model, by name, if its points are not what their names say. Every rank takes part in the pass."""
+        if self.recorder is None:
+            self._dummy_run(1)
+            return
+        points, model = self.recorder.config.points, self.model_config
+        self.tap.probe(points, lambda: self._dummy_run(1), 1, model.get_hidden_size(), model.dtype)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
