@@ -24,7 +24,10 @@ RUN = click.argument("run", type=click.Path(path_type=Path))
 @click.command()
 @click.argument("data", type=click.Path(path_type=Path), default=Path("data"))
 def runs(data: Path) -> None:
-    """List the runs in a DATA directory (default: data)."""
+    """List the runs in a directory.
+
+    DATA is where the proxy writes them (default: data).
+    """
     table = _table("run", "model", "points", "episodes", "calls", "rows", "created")
     for path in sorted(data.iterdir()) if data.is_dir() else []:
         if not (path / "run.json").exists():
@@ -48,7 +51,11 @@ def runs(data: Path) -> None:
 @click.command()
 @RUN
 def episodes(run: Path) -> None:
-    """List the episodes of a RUN directory."""
+    """List a run's episodes.
+
+    RUN is its directory. Per episode: calls, turns, tokens, rows that it stores, rows that it shares with other calls,
+    rows that are missing, bytes of its shard, and how many rows it would have stored for each that it did.
+    """
     console().print(episodes_overview(open_run(run)))
 
 
@@ -83,7 +90,10 @@ def _counts(row: dict[str, Any]) -> list[str]:
 @RUN
 @click.argument("episode", required=False)
 def show(run: Path, episode: str | None) -> None:
-    """Print the conversation of an EPISODE of a RUN (default: its first), with its turns, tokens and rows."""
+    """Print an episode's conversation, turns and rows.
+
+    The EPISODE is of the directory RUN; without one, it is the run's first.
+    """
     opened = open_run(run)
     if not opened.history.episodes:
         raise BadRun(f"{run} holds no episode yet")
@@ -143,7 +153,10 @@ def _say(out: Console, role: str, message: JSON) -> None:
 @click.command()
 @RUN
 def seal(run: Path) -> None:
-    """Seal every episode of a RUN that no proxy is writing, and write its index tables."""
+    """Seal a run that no proxy is writing.
+
+    Moves the rows of every episode of the directory RUN into its shard, and writes the index tables.
+    """
     layout = Layout(run)
     if not layout.run.exists():
         raise BadRun(f"{run} is not a run: it has no run.json")
@@ -160,7 +173,10 @@ def seal(run: Path) -> None:
 @RUN
 @click.pass_context
 def verify(context: click.Context, run: Path) -> None:
-    """Check every checksum, span and row of a RUN; exit code 1 if anything is wrong."""
+    """Check every checksum, span and row.
+
+    Says what is wrong with the directory RUN, and exits with 1 if anything is.
+    """
     opened = open_run(run)
     found = list(problems(opened))
     for problem in found:

@@ -67,7 +67,11 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--backend-key", envvar="TAUTAP_BACKEND_KEY", help="Bearer key towards the worker.")
 @proxy_options
 def proxy(backend: str, backend_key: str | None, **options: Any) -> None:
-    """Serve the OpenAI API in front of a worker and record every call."""
+    """Serve the OpenAI API and record every call.
+
+    Requests go to the worker at --backend; what it answers goes to the client. On SIGTERM the proxy finishes what is
+    under way and seals every episode.
+    """
     config = settle(backend, options, backend_key)
     asyncio_run(_proxy(config))
 
@@ -75,7 +79,7 @@ def proxy(backend: str, backend_key: str | None, **options: Any) -> None:
 @cli.command(
     "worker",
     context_settings={"ignore_unknown_options": True, "help_option_names": []},
-    short_help="Serve a model with vLLM and record its activations.",
+    short_help="Serve a model with vLLM and record.",
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def worker_command(arguments: tuple[str, ...]) -> None:
@@ -88,7 +92,9 @@ def worker_command(arguments: tuple[str, ...]) -> None:
 @proxy_options
 @click.argument("worker_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [WORKER AND VLLM FLAGS]")
 def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> None:
-    """Start a worker and a proxy in front of it; Ctrl-C stops both and seals what was recorded.
+    """Start a worker and a proxy in front of it.
+
+    Ctrl-C stops both and seals what was recorded.
 
     MODEL is a Hugging Face name or a directory; without it the embedded SmolLM2-135M-Instruct runs. Flags that are
     not the proxy's go to the worker: see `tautap worker --help`.

