@@ -93,7 +93,12 @@ class History:
     def spans(self, call: Call) -> dict[int, list[Span]]:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
         rows = self._rows.get(call.spec, Rows())
-        return {s.choice: rows.spans(s.tokens) for s in call.sequences} if call.points else {}
+        spans = {}
+        for sequence in call.sequences if call.points else ():
+            first, stop = sequence.wanted(call.tokens)
+            clipped = (Span(s.owner, max(s.start, first), min(s.stop, stop)) for s in rows.spans(sequence.tokens))
+            spans[sequence.choice] = [span for span in clipped if span.start < span.stop]
+        return spans
 
     def _episode(self, name: str) -> Episode:
         return self.episodes.setdefault(name, Episode(name))

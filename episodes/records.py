@@ -6,12 +6,12 @@ from typing import Literal
 
 import msgspec
 
-from episodes.wire import Sequence
+from episodes.wire import Sequence, Tokens
 
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
-    points are the default ones, custom the hooks that the user named, as in `episodes.points.Points`.
+    points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`.
     """
 
     model: str
@@ -21,6 +21,7 @@ class Model(msgspec.Struct, frozen=True):
     points: list[str]
     versions: dict[str, str | None]
     custom: dict[str, str] = {}
+    tokens: Tokens = "all"
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -48,7 +49,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     """One request and its reply, as committed.
 
     started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
-    request, reply: JSON texts. points: what was asked of the worker, empty if the call was not captured.
+    request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
     """
@@ -70,6 +71,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     request: str = ""
     reply: str = ""
     points: list[str] = []
+    tokens: Tokens = "all"
     sequences: list[Sequence] = []
     kept: list[Kept] = []
     lost: str | None = None
@@ -77,8 +79,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 
     @property
     def spec(self) -> tuple[str, ...]:
-        """What rows are shared under: the points, in order."""
-        return tuple(self.points)
+        """What rows are shared under: the points, in order, and which tokens."""
+        return (*self.points, self.tokens)
 
     @property
     def n_prompt(self) -> int:
@@ -91,7 +93,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     @property
     def n_positions(self) -> int:
         """Positions that should have a row."""
-        return sum(s.n_positions for s in self.sequences)
+        return sum(stop - first for first, stop in (s.wanted(self.tokens) for s in self.sequences))
 
     @property
     def n_kept(self) -> int:

@@ -19,7 +19,7 @@ from episodes.rows import Owner, Span
 from episodes.shards import vector_column
 from episodes.store import read_run
 from episodes.tables import index
-from episodes.wire import CallFile
+from episodes.wire import DTYPE_CODES, DTYPES, CallFile
 
 
 def open_run(path: str | Path) -> Run:
@@ -95,12 +95,18 @@ class Call:
         """Whose rows the call's positions have, in order."""
         return self.run.history.spans(self.record).get(choice, [])
 
+    def positions(self, choice: int = 0) -> NDArray[np.int32]:
+        """[positions]: the ones that have a row: all but the last sampled token's, or those that were asked for."""
+        sequence = next(s for s in self.record.sequences if s.choice == choice)
+        return np.arange(*sequence.wanted(self.record.tokens), dtype=np.int32)
+
     def token_ids(self, choice: int = 0) -> NDArray[np.int32]:
-        """[positions]: the tokens that have a row, which are all but the last sampled one."""
-        return next(s.tokens for s in self.record.sequences if s.choice == choice)
+        """[positions]: the tokens at `positions`."""
+        sequence = next(s for s in self.record.sequences if s.choice == choice)
+        return sequence.tokens[self.positions(choice)]
 
     def activations(self, point: str, choice: int = 0) -> NDArray[Any]:
-        """[positions, hidden] in the engine's dtype, the spans stitched together.
+        """[positions, hidden] in the engine's dtype, the spans stitched together: a row for each of `positions`.
 
         UnknownPoint for a point that this call did not record; MissingRows if positions have no row.
         """
@@ -111,7 +117,11 @@ class Call:
         holes = [f"{span.start} to {span.stop}" for span in spans if span.owner is None]
         if holes:
             raise MissingRows(f"call {self.record.id}, choice {choice}: no rows for positions {', '.join(holes)}")
-        return np.concatenate([self.run.stored(s.owner, s.start, s.stop, point) for s in spans if s.owner])
+        parts = [self.run.stored(s.owner, s.start, s.stop, point) for s in spans if s.owner]
+        if not parts:
+            model = self.run.about.recorded
+            return np.empty((0, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
+        return np.concatenate(parts)
 
 
 def _shard_rows(path: Path, owner: Owner, point: str) -> tuple[NDArray[np.int32], NDArray[Any]]:

@@ -59,6 +59,7 @@ CALLS = pa.schema(
         pa.field("n_rows", pa.int32()),
         pa.field("n_missing", pa.int32()),
         pa.field("points", pa.list_(pa.string())),
+        pa.field("tokens", pa.string()),
         pa.field("spans", pa.list_(SPAN)),
         pa.field("sequences", pa.list_(SEQUENCE)),
         pa.field("request", pa.string()),
@@ -182,6 +183,7 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
         "n_rows": call.n_kept,
         "n_missing": sum(s.stop - s.start for part in spans.values() for s in part if s.owner is None),
         "points": call.points,
+        "tokens": call.tokens,
         "spans": [
             {
                 "choice": choice,

@@ -2,10 +2,10 @@
 
 **Capture header** `X-Tautap-Capture` on a request to a generation endpoint, JSON:
 
-    {"call": "c-…", "salt": "run/epoch", "points": ["layers.8.output"]}
+    {"call": "c-…", "salt": "run/epoch", "points": ["layers.8.output"], "tokens": "all"}
 
-`points` is left out for the worker's default. The worker records the call under that id and puts `salt` and the
-points into vLLM's `cache_salt`, so that the call can only hit cache blocks recorded under the same two.
+`points` is left out for the worker's default, `tokens` for `all`. The worker records the call under that id and puts
+`salt`, points and tokens into vLLM's `cache_salt`, so that the call can only hit cache blocks recorded under the same.
 
 **Call file**, the body of `GET /v1/activations/{call}`, is one safetensors file:
 
@@ -14,7 +14,7 @@ points into vLLM's `cache_salt`, so that the call can only hit cache blocks reco
     token_id  [n] int32            the token that was fed in
     choice    [n] int32            index of the reply's choice that the row's sequence became
 
-and in its metadata `call`, `points` (JSON list of names) and `sequences` (JSON list of `Sequence`).
+and in its metadata `call`, `points` (JSON list of names), `tokens` and `sequences` (JSON list of `Sequence`).
 
 **Spool file**, one per sequence, the same without `choice` and `sequences`, with `prompt_token_ids [p] int32` behind
 the rest; `join` makes the one out of the others without copying a row.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -49,12 +50,23 @@ DTYPES: dict[str, np.dtype[Any]] = {
 DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+# Which tokens' rows: of the prompt, of what was generated, or of the last prompt token, from which the reply begins.
+Tokens = Literal["all", "prompt", "completion", "last"]
+
+
+def bounds(tokens: Tokens, n_prompt: int) -> tuple[int, int]:
+    """First position, and the one past the last, of the rows to record; the latter may lie past the sequence."""
+    first = {"completion": n_prompt, "last": n_prompt - 1}.get(tokens, 0)
+    return first, n_prompt if tokens in ("prompt", "last") else sys.maxsize
+
+
 class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a proxy asks a worker to record of one call."""
 
     call: str
     salt: str = ""
     points: tuple[str, ...] | None = None
+    tokens: Tokens = "all"
 
     def header(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -71,11 +83,13 @@ class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
 class Collect(msgspec.Struct, frozen=True):
     """`collect_activations` of a request's body.
 
-    positions: rows to return, negative ones from the end; None for all. encoding_format: as OpenAI's embeddings.
+    tokens: whose rows; None for the server's default. positions: rows to return, negative ones from the end; None for
+    all. encoding_format: as OpenAI's embeddings.
     """
 
     layers: list[int] | None = None
     hook_points: list[str] | None = None
+    tokens: Tokens | None = None
     positions: list[int] | None = None
     return_activations: bool = True
     encoding_format: Literal["float", "base64"] = "float"
@@ -119,6 +133,11 @@ class Sequence(msgspec.Struct, frozen=True):
     @property
     def n_positions(self) -> int:
         return len(self.prompt_token_ids) + max(len(self.completion_token_ids) - 1, 0)
+
+    def wanted(self, tokens: Tokens) -> tuple[int, int]:
+        """The positions that should have a row where these tokens are recorded: first, and past the last."""
+        first, stop = bounds(tokens, len(self.prompt_token_ids))
+        return first, max(min(stop, self.n_positions), first)
 
 
 class Tensor(NamedTuple):
@@ -192,7 +211,7 @@ class Extent(NamedTuple):
     data: bytes = b""
 
 
-def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str]) -> list[Extent]:
+def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tokens: Tokens = "all") -> list[Extent]:
     """The call file of these sequences, as the stretches that make it up: nothing of the rows is read here."""
     parts = [(sequence, path, read_header(path)[0]) for sequence, path in spooled]
     counts = [tensors["position"].shape[0] for _, _, tensors in parts]
@@ -201,6 +220,7 @@ def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str]) -> 
     metadata = {
         "call": call,
         "points": json.dumps(points),
+        "tokens": json.dumps(tokens),
         "sequences": msgspec.json.encode([sequence for sequence, _, _ in parts]).decode(),
     }
     shapes = {
@@ -226,6 +246,7 @@ class CallFile:
         tensors, metadata = read_header(path)
         try:
             self.points: list[str] = msgspec.json.decode(metadata["points"], type=list[str])
+            self.tokens: Tokens = msgspec.json.decode(metadata["tokens"], type=Tokens)
             self.sequences = msgspec.json.decode(metadata["sequences"], type=list[Sequence])
             self.call = metadata["call"]
             self._rows = tensors["rows"]

@@ -53,7 +53,7 @@ class Exchange:
     fields: JSON | None
     messages: list[JSON] | None
     body: bytes
-    points: list[str]
+    capture: Capture | None
     started: float = field(default_factory=time.time)
     first_byte: float | None = None
     status: int = 0
@@ -79,7 +79,8 @@ class Exchange:
             error=self.error,
             request=self.body.decode("utf-8", "replace"),
             reply=msgspec.json.encode(self.reply).decode() if self.reply is not None else "",
-            points=self.points,
+            points=list(self.capture.points or ()) if self.capture else [],
+            tokens=self.capture.tokens if self.capture else "all",
         )
 
 
@@ -169,15 +170,15 @@ class Proxy:
         fields = messages.parse_object(body)
         call = f"c-{uuid.uuid4().hex[:16]}"
         headers = self._headers(request) | {"X-Request-Id": call}
-        sent, points = body, []
+        sent, capture = body, None
         if fields is not None:
-            points = self._points(fields)
+            capture = self._capture(call, recording.salt, fields)
             sent = self._translated(fields, body)
-        if points:
-            headers[CAPTURE_HEADER] = Capture(call, recording.salt, tuple(points)).header()
+        if capture is not None:
+            headers[CAPTURE_HEADER] = capture.header()
         said = messages.chat(fields)
         place = recording.place(call, said, episode)
-        asked = Exchange(call, path, place, episode is not None, fields, said, body, points)
+        asked = Exchange(call, path, place, episode is not None, fields, said, body, capture)
         try:
             return await self._exchange(request, path, sent, headers, asked, recording)
         except asyncio.CancelledError:
@@ -189,20 +190,18 @@ class Proxy:
             return _error(502, asked.error, "worker_failed")
         finally:
             self._replied(asked, recording)
-            recording.record(asked.call(), bool(points) and asked.status in (0, 200), asked.foreign)
+            recording.record(asked.call(), capture is not None and asked.status in (0, 200), asked.foreign)
 
-    def _points(self, fields: JSON) -> list[str]:
+    def _capture(self, call: str, salt: str, fields: JSON) -> Capture | None:
         """What to capture of a call: what it asks for itself, else the worker's default; nothing from a backend that is
         not ours, which is left to read the asking itself.
         """
-        model = self._backend.model
-        if model is None:
-            return []
-        asked = fields.get("collect_activations")
-        if asked is False:
-            return []
-        offered = Points(model.n_layers, model.custom)
-        return model.points if asked is None else Collect.parse(asked).points(model.points, offered)
+        model, asked = self._backend.model, fields.get("collect_activations")
+        if model is None or asked is False:
+            return None
+        collect = Collect.parse(True if asked is None else asked)
+        points = collect.points(model.points, Points(model.n_layers, model.custom))
+        return Capture(call, salt, tuple(points), collect.tokens or model.tokens)
 
     def _translated(self, fields: JSON, body: bytes) -> bytes:
         """The body as the worker should see it: the client's own bytes unless something in them is for us."""

@@ -27,7 +27,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from episodes.wire import DTYPES
+from episodes.wire import DTYPES, bounds
 from worker.orders import XARG, Config, Order
 from worker.server import CaptureMiddleware
 from worker.spool import SpoolFile, prepare, refuse
@@ -135,8 +135,11 @@ class Engine:
                 continue
             tokens = prompt + reply[:-1]
             file = SpoolFile(spool, order.call, choice, order.points, "BF16", HIDDEN, prompt)
-            computed = rows(tokens, order.points)[n_cached:]
-            file.append(n_cached, np.array(tokens[n_cached:], np.int32), computed.view(np.uint8))
+            first, stop = bounds(order.tokens, len(prompt))
+            first, stop = max(first, n_cached), min(stop, len(tokens))
+            if first < stop:
+                computed = rows(tokens, order.points)[first:stop]
+                file.append(first, np.array(tokens[first:stop], np.int32), computed.view(np.uint8))
             file.finish()
 
 

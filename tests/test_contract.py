@@ -138,6 +138,20 @@ def test_points_can_be_chosen_per_call(worker):
     check(file)
 
 
+def test_only_the_tokens_that_were_asked_for_are_recorded(worker):
+    """Also where the prompt was cached: what `prompt` asks for is computed, whatever others left."""
+    salt = uuid.uuid4().hex
+    for tokens in ("completion", "last", "prompt", "prompt"):
+        capture = Capture(f"c-{uuid.uuid4().hex}", salt, None, tokens)
+        assert worker.ask(FILLER, capture).status_code == 200
+        file = worker.file(capture.call)
+        (sequence,) = file.sequences
+        first, stop = sequence.wanted(tokens)
+        kept = file.position < sequence.n_positions
+        assert file.tokens == tokens and file.position[kept].tolist() == list(range(first, stop))
+        assert file.token_id[kept].tolist() == sequence.tokens[first:stop].tolist()
+
+
 def test_choices_and_prompts_are_sequences_of_their_own(worker):
     capture = new()
     prompts = ["One fish", "Two fish, red fish"]

@@ -92,6 +92,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         "buffer_bytes": ours.buffer_bytes,
         "points": points,
         "custom": offered.custom,
+        "tokens": ours.tokens,
     }
     additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {"tautap": recorder}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
@@ -118,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--point", action="append", default=[], metavar="NAME=LOCATION",
         help="a module's .input or .output, * for the layer: o_proj=model.layers.*.self_attn.o_proj.output",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", default="all", choices=["all", "prompt", "completion", "last"],
+        help="whose rows; last is the last prompt token; prompt does without the prefix cache (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--spool-dir", metavar="DIR", help="where rows wait to be claimed (default: in /dev/shm)")
     parser.add_argument("--spool-bytes", type=_bytes, default=4 << 30, metavar="N", help="bound of the spool (4G)")

@@ -43,6 +43,7 @@ class Call:
 
     id: str
     points: list[str]
+    tokens: wire.Tokens
     sequences: list[Growing] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
@@ -51,7 +52,7 @@ class Call:
         """Take in a request of n sequences and say what the engine must be told of it."""
         first = len(self.sequences)
         self.sequences += [Growing() for _ in range(n)]
-        return Order(self.id, self.points, first)
+        return Order(self.id, self.points, first, self.tokens)
 
     def note(self, first: int, output: Any, delta: bool) -> None:
         """Take in one of vLLM's RequestOutputs; `delta` if it brings only what is new."""
@@ -74,12 +75,12 @@ class Ledger:
         self.spool = spool
         self._calls: dict[str, Call] = {}
 
-    def open(self, call_id: str, points: list[str]) -> Call:
+    def open(self, call_id: str, points: list[str], tokens: wire.Tokens) -> Call:
         if len(self._calls) >= CALL_LIMIT:
             oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
-        self._calls[call_id] = call = Call(call_id, points)
+        self._calls[call_id] = call = Call(call_id, points, tokens)
         return call
 
     def close(self, call: Call) -> None:
@@ -130,7 +131,7 @@ class Ledger:
                 return None
         if not found:
             raise CaptureLost("the request was dropped before the engine ran it")
-        return wire.join(call.id, found, call.points)
+        return wire.join(call.id, found, call.points, call.tokens)
 
     @staticmethod
     def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:

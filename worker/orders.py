@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import msgspec
 
+from episodes.wire import Tokens
+
 XARG = "tautap"
 
 
 class Config(msgspec.Struct, frozen=True):
     """The recorder's share of vLLM's `additional_config`, under the key `tautap`.
 
-    points: what is recorded of a call that names none. custom: the user's own hooks, as in `episodes.points.Points`.
+    points, tokens: what is recorded of a call that names none. custom: as in `episodes.points.Points`.
     """
 
     spool_dir: str
@@ -22,6 +24,7 @@ class Config(msgspec.Struct, frozen=True):
     buffer_bytes: int
     points: list[str]
     custom: dict[str, str] = {}
+    tokens: Tokens = "all"
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -33,3 +36,4 @@ class Order(msgspec.Struct, frozen=True):
     call: str
     points: list[str]
     first_choice: int
+    tokens: Tokens = "all"

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from episodes.wire import bounds
 from worker.orders import XARG, Config, Order
 from worker.spool import SpoolFile, refuse, used_bytes
 from worker.tap import Stream, Tap
@@ -38,6 +39,8 @@ class Captured(NamedTuple):
     choice: int
     points: tuple[str, ...]
     prompt: list[int]
+    first: int  # the positions to record: from here
+    stop: int  # to here, exclusive
 
 
 class Span(NamedTuple):
@@ -168,7 +171,7 @@ class Recorder:
             return
         child = CHILD.match(request)
         choice = order.first_choice + (int(child[1]) if child else 0)
-        captured = Captured(order.call, choice, tuple(order.points), prompt)
+        captured = Captured(order.call, choice, tuple(order.points), prompt, *bounds(order.tokens, len(prompt)))
         try:
             for point in captured.points:
                 self._tap.watch(point)
@@ -196,14 +199,16 @@ class Recorder:
         row = at = 0
         for request, start, n_rows in batch:
             captured = self._captured.get(request)
-            if captured is not None:
-                spans.append(Span(request, start, n_rows, at))
+            first, stop = (max(start, captured.first), min(start + n_rows, captured.stop)) if captured else (0, 0)
+            if captured and first < stop:
+                spans.append(Span(request, first, stop - first, at))
                 points.update(dict.fromkeys(captured.points))
-                if stretches and stretches[-1][1] == row:
-                    stretches[-1] = (stretches[-1][0], row + n_rows, stretches[-1][2])
+                begin, end = row + first - start, row + stop - start
+                if stretches and stretches[-1][1] == begin:
+                    stretches[-1] = (stretches[-1][0], end, stretches[-1][2])
                 else:
-                    stretches.append((row, row + n_rows, at))
-                at += n_rows
+                    stretches.append((begin, end, at))
+                at += stop - first
             row += n_rows
         if not spans:
             return None

@@ -82,14 +82,17 @@ class CaptureMiddleware:
         capture, collect, fields = asked
         points = list(capture.points or self._about.config.points)
         fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: capture.call}
-        fields["cache_salt"] = _salt(capture.salt, ",".join(points), fields.get("cache_salt") or "")
+        # What a call generates is cached and not recorded, and prompt in the next: `prompt` must compute all its own.
+        alone = capture.call if capture.tokens == "prompt" else ""
+        given = fields.get("cache_salt") or ""
+        fields["cache_salt"] = _salt(capture.salt, ",".join(points), capture.tokens, alone, given)
         body = msgspec.json.encode(fields)
         scope["headers"] = [
             *((k, v) for k, v in scope["headers"] if k not in (b"content-length", b"x-request-id")),
             (b"content-length", str(len(body)).encode()),
             (b"x-request-id", capture.call.encode()),
         ]
-        call = self._ledger.open(capture.call, points)
+        call = self._ledger.open(capture.call, points, capture.tokens)
         if collect is None or not collect.return_activations or fields.get("stream"):
             try:
                 await self._app(scope, _replay(body, receive), send)
@@ -127,7 +130,8 @@ class CaptureMiddleware:
         given = headers.get("x-request-id", "")
         call = given if CALL_ID.fullmatch(given) else uuid.uuid4().hex
         # A salt of its own: whoever asks for a reply's activations wants every position, not what a cache left over.
-        return Capture(call, f"direct/{uuid.uuid4().hex}", tuple(points)), collect, fields
+        tokens = collect.tokens or self._about.config.tokens
+        return Capture(call, f"direct/{uuid.uuid4().hex}", tuple(points), tokens), collect, fields
 
     async def _embed(self, scope: Scope, receive: Receive, send: Send, call: Call, collect: Collect) -> None:
         """Run the request, hold its JSON reply back, and send it with the `activations` field."""
@@ -195,6 +199,7 @@ class About:
             "dtype": self.dtype,
             "points": self.config.points,
             "custom": self.config.custom,
+            "tokens": self.config.tokens,
             "limits": {
                 "spool_bytes": self.config.spool_bytes,
                 "buffer_bytes": self.config.buffer_bytes,

@@ -45,19 +45,24 @@ class Writer:
         self.store = Store(self.layout, **options)
         self.store.describe(MODEL)
 
-    def commit(self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1):
+    def commit(self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1, tokens="all"):
         """A call that computed the rows from `computed` on; its other rows came out of the cache."""
+        asked = tokens
         sequences = []
         for choice in range(choices):
             sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed)
             tokens = sequence.tokens.tolist()
             file = SpoolFile(self.spool, name, choice, points, "BF16", MODEL.hidden_size, prompt)
             rows = [[vector(tokens, p, point) for point in points] for p in range(computed, len(tokens))]
-            file.append(computed, np.array(tokens[computed:], np.int32), np.array(rows).view(np.uint8))
+            first, stop = sequence.wanted(asked)
+            first = max(first, computed)
+            if first < stop:
+                rows = rows[first - computed : stop - computed]
+                file.append(first, np.array(tokens[first:stop], np.int32), np.array(rows).view(np.uint8))
             file.finish()
             sequences.append((sequence, spooled(self.spool, name, choice)))
         claim = self.store.draft(name)
-        extents = join(name, sequences, points)
+        extents = join(name, sequences, points, asked)
         claim.write_bytes(
             b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
         )
@@ -153,6 +158,35 @@ def test_choices_are_kept_apart(tmp_path):
         tokens = [1, 2, 10 + choice, 20 + choice]
         assert np.array_equal(run.call("c1").activations(POINTS[0], choice), expected(tokens, POINTS[0]))
     assert run.history.calls["c1"].n_kept == 2 + 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions"), [("prompt", [0, 1, 2]), ("completion", [3, 4]), ("last", [2]), ("all", [0, 1, 2, 3, 4])]
+)
+def test_a_call_has_a_row_for_each_token_that_was_asked_for(tmp_path, tokens, positions):
+    """What was not asked for is not missing; rows of one wish are not rows of another."""
+    writer = Writer(tmp_path)
+    writer.commit("c0", [1, 2, 3], [7, 8, 9], episode="f")
+    call = writer.commit("c1", [1, 2, 3], [4, 5, 6], tokens=tokens)
+    assert call.n_kept == len(positions) - (3 if tokens == "all" else 0) and call.n_positions == len(positions)
+    for sealed in (False, True):
+        if sealed:
+            writer.store.seal("e")
+        run = open_run(writer.layout.root)
+        found = run.call("c1")
+        assert found.positions().tolist() == positions
+        assert found.token_ids().tolist() == [[1, 2, 3, 4, 5][p] for p in positions]
+        assert np.array_equal(found.activations(POINTS[1]), expected([1, 2, 3, 4, 5], POINTS[1])[positions])
+        assert list(problems(run)) == []
+    assert [row["n_missing"] for row in run.episodes.to_pylist()] == [0, 0]
+    writer.close()
+
+
+def test_a_call_that_generated_one_token_has_no_completion_rows(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4], tokens="completion")
+    run = writer.close()
+    assert run.call("c1").activations(POINTS[0]).shape == (0, 4) and list(problems(run)) == []
 
 
 def test_many_rows_make_several_row_groups(tmp_path):

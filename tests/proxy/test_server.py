@@ -203,6 +203,19 @@ def test_a_call_can_choose_its_own_points(proxy, http):
     check_rows(run)
 
 
+def test_a_call_can_choose_its_tokens(proxy, http):
+    body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": {"tokens": "last"}}
+    assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 200
+    proxy.stop()
+    run = proxy.open()
+    (call,) = run.history.calls.values()
+    assert (call.tokens, call.n_kept, call.points) == ("last", 1, POINTS)
+    found = run.call(call.id)
+    tokens = call.sequences[0].prompt_token_ids
+    assert found.positions().tolist() == [len(tokens) - 1]
+    assert np.array_equal(found.activations(POINTS[0]), rows(tokens, POINTS[:1])[-1:, 0])
+
+
 def test_a_call_can_ask_not_to_be_captured(proxy, http):
     body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": False}
     http.post(f"{proxy.url}/v1/chat/completions", json=body)

@@ -37,7 +37,7 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
     assert command[command.index("--model") + 1] == model and command[command.index("--max-model-len") + 1] == "512"
     assert "--layers=3,5" not in command and "--spool-dir" not in command
     points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
-    assert additional["tautap"]["points"] == points
+    assert additional["tautap"]["points"] == points and additional["tautap"]["tokens"] == "all"
     assert command[command.index("--host") + 1] == "127.0.0.1" and "--enforce-eager" in command
 
 

@@ -57,8 +57,8 @@ class Rig:
         config = Config(str(self.spool), spool_bytes, buffer_bytes, list(points))
         self.recorder = Recorder(config, self.tap, torch.float32, "F32", HIDDEN, Lane())
 
-    def admit(self, request, call, prompt, points=("layers.0.output",), first_choice=0):
-        order = {"call": call, "points": list(points), "first_choice": first_choice}
+    def admit(self, request, call, prompt, points=("layers.0.output",), first_choice=0, tokens="all"):
+        order = {"call": call, "points": list(points), "first_choice": first_choice, "tokens": tokens}
         self.recorder.admit(request, {XARG: order}, prompt)
 
     def step(self, *batch, padding=0):
@@ -149,6 +149,34 @@ def test_calls_of_one_batch_can_record_different_points(tmp_path):
     assert np.allclose(rig.read("ca")[2][0], rig.stream([1], 2), atol=1e-6)
     rows = rig.read("cb")[2]
     assert np.allclose(rows[0], [rig.stream([2], 1)[0], rig.stream([2], 0)[0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions"), [("all", [0, 1, 2, 3, 4]), ("prompt", [0, 1, 2]), ("completion", [3, 4]), ("last", [2])]
+)
+def test_only_the_tokens_that_were_asked_for_are_staged(tmp_path, tokens, positions):
+    """In chunks and decodes, beside calls that want other tokens: the rows are right and no others are copied."""
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1, 2, 3], tokens=tokens)
+    rig.admit("b", "cb", [4, 5], tokens="last")
+    rig.step(("b", 0, [4, 5]), ("a", 0, [1, 2]))
+    rig.step(("a", 2, [3]), ("b", 2, [6]))
+    rig.step(("a", 3, [7]), ("b", 3, [8]))
+    rig.step(("a", 4, [9]))
+    rig.finish("a", "b")
+    found, ids, rows = rig.read("ca")
+    fed = [1, 2, 3, 7, 9]
+    assert found.tolist() == positions and ids.tolist() == [fed[p] for p in positions]
+    assert np.allclose(rows[:, 0], rig.stream(fed, 0)[positions], atol=1e-6)
+    assert rig.read("cb")[0].tolist() == [1]
+
+
+def test_a_step_without_a_wanted_token_stages_nothing(tmp_path):
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1, 2], tokens="prompt")
+    assert rig.recorder.plan([("x", 0, 3), ("a", 2, 1)], torch.device("cpu")) is None
+    rig.finish("a")
+    assert len(rig.read("ca")[0]) == 0
 
 
 def test_children_become_choices(tmp_path):
