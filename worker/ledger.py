@@ -19,7 +19,7 @@ import msgspec
 from episodes import wire
 from episodes.errors import CaptureLost
 from worker.orders import XARG, Order
-from worker.spool import FAILED, WHOLE, spooled
+from worker.spool import FAILED, PART, WHOLE, spooled
 
 # A request that the client dropped while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
@@ -74,12 +74,14 @@ class Ledger:
     def __init__(self, spool: Path) -> None:
         self.spool = spool
         self._calls: dict[str, Call] = {}
+        self._unwanted: list[Call] = []
 
     def open(self, call_id: str, points: list[str], tokens: wire.Tokens) -> Call:
         if len(self._calls) >= CALL_LIMIT:
             oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
+        self._unwanted = [call for call in self._unwanted if not self._clear(call)]
         self._calls[call_id] = call = Call(call_id, points, tokens)
         return call
 
@@ -91,14 +93,33 @@ class Ledger:
         return self._calls.get(call_id)
 
     def forget(self, call_id: str) -> bool:
-        """Drop a call and its files; False if there was none."""
+        """Drop a call and its files, also those that are still to come; False if there was none."""
         call = self._calls.pop(call_id, None)
         if call is None:
             return False
+        if not self._clear(call):
+            self._unwanted.append(call)
+        return True
+
+    def _clear(self, call: Call) -> bool:
+        """Delete what there is of a call's files; whether there is nothing more to come."""
+        n_left = len(call.sequences)
         for choice in range(len(call.sequences)):
             for suffix in (WHOLE, FAILED):
-                spooled(self.spool, call.id, choice, suffix).unlink(missing_ok=True)
-        return True
+                path = spooled(self.spool, call.id, choice, suffix)
+                if path.exists():
+                    path.unlink()
+                    n_left -= 1
+        return n_left == 0 or (call.ended.is_set() and not self._growing(call) and self._abandoned(call))
+
+    def _growing(self, call: Call) -> bool:
+        """Whether the engine is writing a sequence of this call."""
+        return any(spooled(self.spool, call.id, choice, PART).exists() for choice in range(len(call.sequences)))
+
+    @staticmethod
+    def _abandoned(call: Call) -> bool:
+        """Whether a sequence without a file will never have one."""
+        return time.monotonic() - call.ended_at > ABORT_GRACE_S
 
     async def wait_for(self, call: Call, wait_s: float) -> list[wire.Extent] | None:
         """The call file's stretches once they are there, None after `wait_s`; CaptureLost if they never will be."""
@@ -118,7 +139,7 @@ class Ledger:
         """The call file's stretches, None while they are not all there. Only of a call that has ended."""
         if not call.sequences:
             raise CaptureLost("the engine ran no sequence of this call that could be captured")
-        abandoned = time.monotonic() - call.ended_at > ABORT_GRACE_S
+        abandoned = self._abandoned(call) and not self._growing(call)
         found: list[tuple[wire.Sequence, Path]] = []
         for choice, growing in enumerate(call.sequences):
             failed = spooled(self.spool, call.id, choice, FAILED)

@@ -1,0 +1,109 @@
+"""The ledger: what is waited for, what is given up, and that nothing is left in the spool."""
+
+import asyncio
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from episodes.errors import CaptureLost
+from worker import ledger as module
+from worker.ledger import Ledger
+from worker.spool import PART, SpoolFile, refuse, spooled
+
+POINTS = ["layers.0.output"]
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path)
+
+
+def begin(ledger, call="c", n=1):
+    opened = ledger.open(call, POINTS, "all")
+    opened.order(n)
+    return opened
+
+
+def spool(ledger, call="c", choice=0, finish=True):
+    file = SpoolFile(ledger.spool, call, choice, POINTS, "F32", 1, [1, 2])
+    file.append(0, np.array([1, 2], np.int32), np.zeros((2, 1, 1), np.float32))
+    return file.finish() if finish else file
+
+
+def output(text, reason=None, index=0):
+    part = SimpleNamespace(index=index, token_ids=list(text), finish_reason=reason)
+    return SimpleNamespace(prompt_token_ids=[1, 2], num_cached_tokens=0, outputs=[part])
+
+
+def collect(ledger, call, wait_s=0.0):
+    return asyncio.run(ledger.wait_for(call, wait_s))
+
+
+def test_a_call_is_there_once_it_has_ended_and_every_sequence_is_spooled(ledger):
+    call = begin(ledger, n=2)
+    for index in (0, 1):
+        call.note(0, output([5], "stop", index), delta=True)
+    spool(ledger)
+    assert collect(ledger, call) is None
+    ledger.close(call)
+    assert collect(ledger, call) is None
+    spool(ledger, choice=1)
+    assert collect(ledger, call)
+
+
+@pytest.mark.parametrize(("delta", "tokens"), [(True, [5, 6, 7]), (False, [6, 7])])
+def test_outputs_add_up_as_vllm_means_them(ledger, delta, tokens):
+    """Streamed outputs bring what is new, others all there is so far."""
+    call = begin(ledger)
+    call.note(0, output([5]), delta)
+    call.note(0, output([6, 7], "length"), delta)
+    assert call.sequences[0].completion_token_ids == tokens and call.sequences[0].finish_reason == "length"
+
+
+def test_a_dropped_call_is_waited_for_while_the_engine_writes_it(ledger, monkeypatch):
+    monkeypatch.setattr(module, "ABORT_GRACE_S", 0.0)
+    call = begin(ledger)
+    ledger.close(call)
+    file = spool(ledger, finish=False)
+    assert collect(ledger, call) is None
+    file.finish()
+    assert collect(ledger, call)
+
+
+def test_a_call_that_never_ran_is_given_up(ledger, monkeypatch):
+    call = begin(ledger)
+    ledger.close(call)
+    assert collect(ledger, call) is None
+    monkeypatch.setattr(module, "ABORT_GRACE_S", 0.0)
+    with pytest.raises(CaptureLost, match="dropped before the engine ran it"):
+        collect(ledger, call)
+
+
+def test_a_failed_capture_says_why(ledger):
+    call = begin(ledger)
+    refuse(ledger.spool, "c.0", "the spool is full")
+    ledger.close(call)
+    with pytest.raises(CaptureLost, match="the spool is full"):
+        collect(ledger, call)
+
+
+def test_files_that_come_after_their_call_was_forgotten_are_cleared(ledger):
+    """A client that leaves a direct call: the engine spools it later, and nobody will ever ask for it."""
+    begin(ledger)
+    file = spool(ledger, finish=False)
+    assert ledger.forget("c") and not ledger.forget("c")
+    file.finish()
+    assert spooled(ledger.spool, "c", 0).exists()
+    begin(ledger, "d")
+    assert list(ledger.spool.iterdir()) == []
+    assert not spooled(ledger.spool, "c", 0, PART).exists()
+
+
+def test_the_oldest_ended_call_makes_room(ledger, monkeypatch):
+    monkeypatch.setattr(module, "CALL_LIMIT", 2)
+    running, ended = begin(ledger, "a"), begin(ledger, "b")
+    spool(ledger, "b")
+    ledger.close(ended)
+    begin(ledger, "c")
+    assert ledger.find("b") is None and ledger.find("a") is running and not spooled(ledger.spool, "b", 0).exists()
