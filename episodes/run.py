@@ -19,7 +19,7 @@ from episodes.rows import Owner, Span
 from episodes.shards import vector_column
 from episodes.store import read_run
 from episodes.tables import index
-from episodes.wire import DTYPE_CODES, DTYPES, CallFile
+from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence
 
 
 def open_run(path: str | Path) -> Run:
@@ -97,13 +97,14 @@ class Call:
 
     def positions(self, choice: int = 0) -> NDArray[np.int32]:
         """[positions]: the ones that have a row: all but the last sampled token's, or those that were asked for."""
-        sequence = next(s for s in self.record.sequences if s.choice == choice)
-        return np.arange(*sequence.wanted(self.record.tokens), dtype=np.int32)
+        return np.arange(*self._sequence(choice).wanted(self.record.tokens), dtype=np.int32)
 
     def token_ids(self, choice: int = 0) -> NDArray[np.int32]:
         """[positions]: the tokens at `positions`."""
-        sequence = next(s for s in self.record.sequences if s.choice == choice)
-        return sequence.tokens[self.positions(choice)]
+        return self._sequence(choice).tokens[self.positions(choice)]
+
+    def _sequence(self, choice: int) -> Sequence:
+        return next(s for s in self.record.sequences if s.choice == choice)
 
     def activations(self, point: str, choice: int = 0) -> NDArray[Any]:
         """[positions, hidden] in the engine's dtype, the spans stitched together: a row for each of `positions`.

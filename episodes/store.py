@@ -179,10 +179,13 @@ def _computed(file: CallFile) -> Ranges:
 
 def being_written(layout: Layout) -> bool:
     """Whether some process has the run open for writing now."""
-    try:
-        _lock(layout).close()
-    except RunLocked:
-        return True
+    if not layout.lock.exists():
+        return False
+    with layout.lock.open() as file:  # read only, and shared: an archived run cannot be written
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False
 
 

@@ -26,13 +26,13 @@ async def run_stack(config: Config, command: list[str]) -> int:
     stop = stopper()
     console = Console(stderr=True)
     log = config.data / config.run / "worker.log"
+    if await _healthy(config.backend):
+        raise BadInput(f"something else answers at {config.backend}: stop it, or give another --worker-port")
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
     except OSError as error:
         raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None
-    if await _healthy(config.backend):
-        raise BadInput(f"something else answers at {config.backend}: stop it, or give another --worker-port")
     with output:
         # A session of its own: Ctrl-C reaches us alone, and the worker lives until its last rows are claimed.
         worker = await asyncio.create_subprocess_exec(

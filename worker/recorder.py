@@ -64,11 +64,12 @@ class Step(NamedTuple):
     slab: Tensor
     errors: list[str]
 
-    def receive(self, i: int, stream: Stream) -> None:
+    def receive(self, i: int, read: Callable[[], Stream]) -> None:
         """The tap's hand-over: copy the captured rows of point i into the slab."""
         if self.errors:
             return
         try:
+            stream = read()
             for start, stop, at in self.stretches:
                 stream.write(self.slab[at : at + stop - start, i], start, stop)
         except Exception as error:  # whatever a model's module hands out must not end the engine
@@ -215,17 +216,24 @@ class Recorder:
         try:
             slab = torch.empty((at, len(points), self._hidden), dtype=self._dtype, device=device)
         except RuntimeError as error:  # no memory left on the device
-            reason = f"no room to stage {at} rows: {error}"
-            for span in spans:
-                self._writer.put(0, partial(self._fail, span.request, reason))
+            self._drop(spans, f"no room to stage {at} rows: {error}")
             return None
         return Step(spans, stretches, tuple(points), slab, [])
 
     def hand_over(self, step: Step, input_ids: Tensor) -> None:
         """The forward pass is done: send the slab on its way. input_ids: [batch rows], what the model was fed."""
-        token_ids = torch.cat([input_ids[start:stop] for start, stop, _ in step.stretches])
-        arrive = self._lane.leave(step.slab, token_ids)
+        try:
+            token_ids = torch.cat([input_ids[start:stop] for start, stop, _ in step.stretches])
+            arrive = self._lane.leave(step.slab, token_ids)
+        except RuntimeError as error:  # no pinned memory left
+            self._drop(step.spans, f"no room to take {len(step.slab)} rows off the device: {error}")
+            return
         self._writer.put(step.slab.nbytes, lambda: self._write(step, arrive))
+
+    def _drop(self, spans: list[Span], reason: str) -> None:
+        """End the captures of these spans; the engine goes on."""
+        for span in spans:
+            self._writer.put(0, partial(self._fail, span.request, reason))
 
     # ---- the writer thread
 

@@ -191,8 +191,11 @@ class Tap(Interleaver):
             return f"{path or self.family} has {', '.join(name for name, _ in module.named_children())}"
         return ""
 
-    def open(self, points: Iterable[str], receive: Callable[[int, Stream], None]) -> None:
-        """Until `close`, call `receive(i, stream)` with the value at the i-th point as the forward pass reaches it."""
+    def open(self, points: Iterable[str], receive: Callable[[int, Callable[[], Stream]], None]) -> None:
+        """Until `close`, call `receive(i, read)` as the forward pass reaches the i-th point.
+
+        `read()` gives the value there, or raises what an odd one makes it raise.
+        """
         for i, point in enumerate(points):
             watch = self._watched[point]
             self._receive.setdefault(watch.location, []).append(_route(i, watch.read, receive))
@@ -272,5 +275,5 @@ def _hook(watch: Watch, receive: Callable[[Stream], None]) -> RemovableHandle:
     )
 
 
-def _route(i: int, read: Read, receive: Callable[[int, Stream], None]) -> Callable[[Any], None]:
-    return lambda value: receive(i, read(value))
+def _route(i: int, read: Read, receive: Callable[[int, Callable[[], Stream]], None]) -> Callable[[Any], None]:
+    return lambda value: receive(i, partial(read, value))

@@ -16,7 +16,7 @@ from episodes.layout import Layout, check_name
 from episodes.records import Call, Model
 from episodes.run import open_run
 from episodes.shards import count_nonfinite
-from episodes.store import Store
+from episodes.store import Store, being_written
 from episodes.verify import problems
 from episodes.wire import Sequence, join
 from worker.spool import SpoolFile, spooled
@@ -279,6 +279,16 @@ def test_a_run_has_one_writer(tmp_path):
         Store(writer.layout)
     writer.close()
     Store(writer.layout).close()
+
+
+def test_whether_a_run_is_being_written_is_told_without_touching_it(tmp_path):
+    writer = Writer(tmp_path)
+    assert being_written(writer.layout)
+    writer.close()
+    before = writer.layout.lock.read_bytes()
+    assert not being_written(writer.layout) and writer.layout.lock.read_bytes() == before
+    writer.layout.lock.unlink()
+    assert not being_written(writer.layout) and not writer.layout.lock.exists()
 
 
 def test_another_format_is_refused_by_name(tmp_path):

@@ -218,7 +218,7 @@ def test_an_error_in_a_capture_ends_that_capture_alone(tmp_path):
     rig = Rig(tmp_path)
     rig.admit("a", "ca", [1])
     step = rig.recorder.plan([("a", 0, 1)], torch.device("cpu"))
-    step.receive(0, Stream(torch.zeros(1, HIDDEN + 1), None))
+    step.receive(0, lambda: Stream(torch.zeros(1, HIDDEN + 1)))
     rig.recorder.hand_over(step, torch.tensor([1], dtype=torch.int32))
     assert rig.reason("ca").startswith("layers.0.output: The size of tensor")
     rig.finish("a")
@@ -226,6 +226,32 @@ def test_an_error_in_a_capture_ends_that_capture_alone(tmp_path):
     rig.step(("b", 0, [1]))
     rig.finish("b")
     assert len(rig.read("cb")[0]) == 1
+
+
+def test_a_value_that_cannot_be_read_ends_the_capture_and_not_the_step(tmp_path):
+    """A module that is called with no tensor at all: the forward pass goes on."""
+    rig = Rig(tmp_path, points=["layers.0.input"])
+    rig.admit("a", "ca", [1], ["layers.0.input"])
+    step = rig.recorder.plan([("a", 0, 1)], torch.device("cpu"))
+    rig.tap.open(step.points, step.receive)
+    location = next(iter(rig.tap._receive))
+    assert rig.tap.handle(location, ((), {})) == ((), {})
+    rig.tap.close()
+    rig.recorder.hand_over(step, torch.tensor([1], dtype=torch.int32))
+    assert "missing a required argument" in rig.reason("ca")
+
+
+def test_a_device_without_room_ends_the_capture_and_not_the_step(tmp_path):
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1])
+
+    class Full(Lane):
+        def leave(self, slab, token_ids):
+            raise RuntimeError("out of memory")
+
+    rig.recorder._lane = Full()
+    rig.step(("a", 0, [1]))
+    assert rig.reason("ca") == "no room to take 1 rows off the device: out of memory"
 
 
 def test_a_full_spool_refuses_the_next_capture(tmp_path):
