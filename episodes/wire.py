@@ -230,6 +230,8 @@ def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tok
         "choice": ("I32", (n_rows,)),
     }
     head = header(shapes, metadata)
+    if len(parts) == 1 and len(head) <= first["rows"].offset:  # then the spool file can become the call file, in place
+        head = header(shapes, metadata, first["rows"].offset)
     extents = [Extent(None, 0, len(head), head)]
     for name in ("rows", "position", "token_id"):
         extents += [Extent(path, t[name].offset, t[name].nbytes) for _, path, t in parts]

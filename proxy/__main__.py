@@ -65,6 +65,12 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command(context_settings={"show_default": True})
 @click.option("--backend", required=True, metavar="URL", help="The worker, such as http://127.0.0.1:8001.")
 @click.option("--backend-key", envvar="TAUTAP_BACKEND_KEY", help="Bearer key towards the worker.")
+@click.option(
+    "--spool-dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The worker's --spool-dir, where it is shared but mounted at another path here.",
+)
 @proxy_options
 def proxy(backend: str, backend_key: str | None, **options: Any) -> None:
     """Serve the OpenAI API and record every call.

@@ -12,6 +12,7 @@ from typing import Literal
 class Config:
     """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
 
+    spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
     """
 
@@ -24,4 +25,5 @@ class Config:
     aliases: Mapping[str, str] = field(default_factory=dict)
     backend_key: str | None = None
     compression: Literal["zstd", "none"] = "zstd"
+    spool_dir: Path | None = None
     claim_timeout_s: float = 600.0

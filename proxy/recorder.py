@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from episodes.errors import CaptureLost, CorruptFile
+from episodes.errors import CorruptFile, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
@@ -110,7 +110,7 @@ class Recording:
         async with self._slots:
             try:
                 await self._backend.claim(call.id, self._store.draft(call.id))
-            except CaptureLost as error:
+            except (TautapError, OSError) as error:
                 return self._lost(call, str(error))
         return call
 

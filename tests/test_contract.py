@@ -2,11 +2,14 @@
 
 import json
 import uuid
+from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
+from episodes.handover import Recipe, take
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from tests.stub import MODEL as STUB_MODEL
 from worker.smollm import NAME as REAL_MODEL
@@ -108,6 +111,18 @@ def test_the_rows_come_as_zstd_to_those_who_accept_it(worker):
         packed = b"".join(reply.iter_raw())
         assert reply.headers["content-encoding"] == "zstd"
     assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == plain.content
+
+
+def test_whoever_shares_the_spool_makes_the_same_file_from_a_recipe(worker):
+    capture = new()
+    worker.ask("Hi", capture, path="/v1/completions", n=2, temperature=1, seed=1)
+    whole = worker.claim(capture.call, **{"accept-encoding": "identity"}).content
+    reply = worker.client.get(f"/v1/activations/{capture.call}", params={"wait_s": 20, "as": "recipe"})
+    recipe = msgspec.json.decode(reply.content, type=Recipe)
+    made = worker.tmp_path / "made"
+    assert take(recipe, Path(recipe.directory), made) and made.read_bytes() == whole
+    refused = worker.client.get(f"/v1/activations/{capture.call}", params={"as": "pickle"})
+    assert refused.status_code == 400 and "as=recipe" in refused.json()["error"]["message"]
 
 
 def test_a_prefix_is_computed_once_under_one_salt(worker):

@@ -156,10 +156,12 @@ class Ledger:
 
     @staticmethod
     def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:
-        prompt = growing.prompt_token_ids
-        if not prompt:  # dropped before its first token came out: only the engine knows the prompt
-            prompt = wire.read_tensor(path, wire.read_header(path)[0]["prompt_token_ids"]).tolist()
-        return wire.Sequence(choice, prompt, growing.completion_token_ids, growing.finish_reason, growing.n_cached)
+        if not growing.prompt_token_ids:  # dropped before its first token came out: only the engine knows the prompt
+            tensor = wire.read_header(path)[0]["prompt_token_ids"]  # gone once the file has been handed over
+            growing.prompt_token_ids = wire.read_tensor(path, tensor).tolist()
+        return wire.Sequence(
+            choice, growing.prompt_token_ids, growing.completion_token_ids, growing.finish_reason, growing.n_cached
+        )
 
     def waiting(self) -> list[dict[str, Any]]:
         """What is running or waits to be claimed, oldest first."""

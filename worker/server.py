@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
+from episodes.handover import TOKEN, Recipe
 from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
@@ -220,6 +221,7 @@ class Routes:
     def __init__(self, ledger: Ledger, about: About) -> None:
         self._ledger = ledger
         self._about = about
+        self._token = (ledger.spool / TOKEN).read_text()
 
     async def capabilities(self, request: Request) -> Response:
         return JSONResponse(self._about.capabilities())
@@ -228,7 +230,10 @@ class Routes:
         return JSONResponse({"data": await asyncio.to_thread(self._ledger.waiting)})
 
     async def claim(self, request: Request) -> Response:
-        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason."""
+        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason.
+
+        `as=recipe` answers instead how to make it out of the spool, for those who share that directory.
+        """
         call = self._ledger.find(request.path_params["call"])
         if call is None:
             return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
@@ -236,12 +241,18 @@ class Routes:
             wait_s = float(request.query_params.get("wait_s", 0))
         except ValueError:
             return JSONResponse(_error("wait_s takes seconds, such as wait_s=10", 400), 400)
+        form = request.query_params.get("as", "file")
+        if form not in ("file", "recipe"):
+            return JSONResponse(_error(f"as={form[:40]}: give as=file or as=recipe", 400), 400)
         try:
             extents = await self._ledger.wait_for(call, min(wait_s, WAIT_LIMIT_S))
         except CaptureLost as error:
             return JSONResponse(_error(str(error), 410), 410)
         if extents is None:
             return JSONResponse({"call": call.id, "state": "running"}, 202)
+        if form == "recipe":
+            recipe = Recipe.of(extents, self._ledger.spool, self._token)
+            return Response(msgspec.json.encode(recipe), media_type="application/json")
         headers = {"Content-Type": "application/octet-stream"}
         if "zstd" in request.headers.get("accept-encoding", ""):
             return StreamingResponse(_zstd(_chunks(extents)), headers=headers | {"Content-Encoding": "zstd"})
