@@ -80,7 +80,8 @@ class History:
         try:
             for sequence in call.sequences:
                 # Surplus rows, past what the client was given, belong to no token of the sequence.
-                mine = [(a, min(b, sequence.n_positions)) for a, b in computed.get(sequence.choice, [])]
+                first, stop = sequence.wanted(call.tokens)
+                mine = [(max(a, first), min(b, stop)) for a, b in computed.get(sequence.choice, [])]
                 ranges = rows.store(Owner(call.id, sequence.choice), sequence.tokens, mine)
                 stored.append(sequence)
                 kept += [Kept(sequence.choice, start, stop) for start, stop in ranges]

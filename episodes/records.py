@@ -8,6 +8,8 @@ import msgspec
 
 from episodes.wire import Sequence, Tokens
 
+BACKFILL = "backfill"
+
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
@@ -51,6 +53,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
     request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
+    role: who the model was playing; `backfill` for a call of ours that stores what another lacked (`episodes.holes`).
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
     """
 

@@ -12,8 +12,9 @@ import msgspec
 
 from episodes.errors import CaptureLost
 from episodes.handover import Recipe, take
-from episodes.messages import parse_object
+from episodes.messages import JSON
 from episodes.records import Model
+from episodes.wire import CAPTURE_HEADER, Capture, Sequence
 from proxy.config import Config
 
 logger = logging.getLogger("tautap.proxy")
@@ -21,6 +22,13 @@ logger = logging.getLogger("tautap.proxy")
 CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
 CHUNK = 1 << 20
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A worker's error in OpenAI's shape, and the sequences of the call that has no activations."""
+
+    error: JSON
+    sequences: list[Sequence] = []
 
 
 class Backend:
@@ -71,6 +79,19 @@ class Backend:
                 await asyncio.sleep(RETRY_S)
         raise CaptureLost(f"not claimed in {self._timeout_s:.0f} s: {trouble}")
 
+    async def compute(self, model: str, prompt: list[int], capture: Capture) -> None:
+        """Run a prompt of token ids for its rows alone; CaptureLost, with the reason, if the worker does not."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        headers = self.headers | {CAPTURE_HEADER: capture.header()}
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        url = f"{self.url}/v1/completions"
+        try:
+            async with self._session.post(url, json=body, headers=headers, timeout=timeout) as reply:
+                if reply.status != 200:
+                    raise await _refused(reply)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise CaptureLost(f"the worker could not be reached: {error or type(error).__name__}") from None
+
     async def _fetch(self, call: str, into: Path) -> bool:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
@@ -79,8 +100,7 @@ class Backend:
             if reply.status == 202:
                 return False
             if reply.status in (404, 410):
-                fields = parse_object(await reply.read()) or {}
-                raise CaptureLost(str((fields.get("error") or {}).get("message") or f"HTTP {reply.status}"))
+                raise await _refused(reply)
             reply.raise_for_status()
             if reply.content_type == "application/json":
                 return await self._take(msgspec.json.decode(await reply.read(), type=Recipe), into)
@@ -109,3 +129,12 @@ class Backend:
                 pass
         except (aiohttp.ClientError, TimeoutError):
             return
+
+
+async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
+    """Why a worker gives no activations, and of which tokens."""
+    try:
+        refusal = msgspec.json.decode(await reply.read(), type=Refusal)
+    except msgspec.MsgspecError:
+        return CaptureLost(f"HTTP {reply.status}")
+    return CaptureLost(str(refusal.error.get("message")), refusal.sequences)

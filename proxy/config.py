@@ -13,6 +13,7 @@ class Config:
     """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
 
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
+    backfill: run again what an episode's calls lack, before it is sealed.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
     """
 
@@ -26,4 +27,5 @@ class Config:
     backend_key: str | None = None
     compression: Literal["zstd", "none"] = "zstd"
     spool_dir: Path | None = None
+    backfill: bool = False
     claim_timeout_s: float = 600.0

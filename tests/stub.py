@@ -223,7 +223,8 @@ class Stub:
         if kind == "chat.completion":
             return [render(body["messages"])]
         prompt = body["prompt"]
-        return [list(text.encode()) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [list(part.encode()) if isinstance(part, str) else part for part in ([prompt] if one else prompt)]
 
     @staticmethod
     def _choice(index: int, text: str, kind: str) -> dict[str, Any]:

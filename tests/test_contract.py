@@ -201,7 +201,7 @@ def test_a_refused_request_has_no_activations(worker):
     reply = worker.ask("Hi", capture, model="nobody")
     assert reply.status_code == 404 and "nobody" in reply.json()["error"]["message"]
     gone = worker.claim(capture.call)
-    assert gone.status_code == 410 and gone.json()["error"]["message"]
+    assert gone.status_code == 410 and gone.json()["error"]["message"] and gone.json()["sequences"] == []
 
 
 def test_an_unknown_call_is_404_in_openais_shape(worker):

@@ -36,6 +36,11 @@ class Growing:
     finish_reason: str | None = None
     n_cached: int = 0
 
+    def sequence(self, choice: int) -> wire.Sequence:
+        return wire.Sequence(
+            choice, self.prompt_token_ids, self.completion_token_ids, self.finish_reason, self.n_cached
+        )
+
 
 @dataclass
 class Call:
@@ -53,6 +58,11 @@ class Call:
         first = len(self.sequences)
         self.sequences += [Growing() for _ in range(n)]
         return Order(self.id, self.points, first, self.tokens)
+
+    @property
+    def known(self) -> list[wire.Sequence]:
+        """The sequences whose tokens are known, whatever became of their rows."""
+        return [growing.sequence(i) for i, growing in enumerate(self.sequences) if growing.prompt_token_ids]
 
     def note(self, first: int, output: Any, delta: bool) -> None:
         """Take in one of vLLM's RequestOutputs; `delta` if it brings only what is new."""
@@ -159,9 +169,7 @@ class Ledger:
         if not growing.prompt_token_ids:  # dropped before its first token came out: only the engine knows the prompt
             tensor = wire.read_header(path)[0]["prompt_token_ids"]  # gone once the file has been handed over
             growing.prompt_token_ids = wire.read_tensor(path, tensor).tolist()
-        return wire.Sequence(
-            choice, growing.prompt_token_ids, growing.completion_token_ids, growing.finish_reason, growing.n_cached
-        )
+        return growing.sequence(choice)
 
     def waiting(self) -> list[dict[str, Any]]:
         """What is running or waits to be claimed, oldest first."""

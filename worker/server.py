@@ -230,7 +230,8 @@ class Routes:
         return JSONResponse({"data": await asyncio.to_thread(self._ledger.waiting)})
 
     async def claim(self, request: Request) -> Response:
-        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason.
+        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason
+        and the sequences, as far as their tokens are known.
 
         `as=recipe` answers instead how to make it out of the spool, for those who share that directory.
         """
@@ -247,7 +248,8 @@ class Routes:
         try:
             extents = await self._ledger.wait_for(call, min(wait_s, WAIT_LIMIT_S))
         except CaptureLost as error:
-            return JSONResponse(_error(str(error), 410), 410)
+            known = msgspec.to_builtins(call.known)
+            return JSONResponse(_error(str(error), 410) | {"sequences": known}, 410)
         if extents is None:
             return JSONResponse({"call": call.id, "state": "running"}, 202)
         if form == "recipe":
