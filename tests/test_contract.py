@@ -204,6 +204,33 @@ def test_a_refused_request_has_no_activations(worker):
     assert gone.status_code == 410 and gone.json()["error"]["message"] and gone.json()["sequences"] == []
 
 
+def test_the_recorders_metrics_stand_behind_the_servers_own(worker):
+    """In plain text, also for those who would take it packed or in another format."""
+
+    def metrics():
+        headers = {"accept": "application/openmetrics-text", "accept-encoding": "gzip"}
+        reply = worker.client.get("/metrics", headers=headers)
+        assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/plain")
+        assert int(reply.headers["content-length"]) == len(reply.content)
+        lines = [line for line in reply.text.splitlines() if not line.startswith("#")]
+        return {name: float(number) for name, _, number in (line.rpartition(" ") for line in lines)}
+
+    before = metrics()
+    assert any(not name.startswith("tautap_") for name in before)
+    capture = new()
+    assert worker.ask("Hi", capture).status_code == 200
+    file = worker.file(capture.call)
+    after = metrics()
+    assert after["tautap_rows_total"] - before["tautap_rows_total"] == file.n_rows
+    assert after["tautap_captures_total"] - before["tautap_captures_total"] == 1
+    assert after["tautap_spool_bytes"] > file.rows.nbytes
+    limits = worker.client.get("/v1/capabilities").json()["limits"]
+    assert after["tautap_buffer_limit_bytes"] == limits["buffer_bytes"] >= after["tautap_buffer_bytes"]
+    assert {"tautap_buffer_waits_total", "tautap_buffer_wait_seconds_total", "tautap_captures_failed_total"} <= set(
+        after
+    )
+
+
 def test_an_unknown_call_is_404_in_openais_shape(worker):
     reply = worker.claim("c-nobody", wait_s=0)
     assert reply.status_code == 404

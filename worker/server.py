@@ -28,6 +28,7 @@ from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
 from worker.ledger import Call, Ledger
+from worker.metrics import exposition
 from worker.orders import XARG, Config
 
 Scope = MutableMapping[str, Any]
@@ -53,6 +54,8 @@ class CaptureMiddleware:
             self._install(scope["app"])
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
             await self._generation(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in ("/metrics", "/metrics/"):
+            await self._metrics(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -136,6 +139,27 @@ class CaptureMiddleware:
 
     async def _embed(self, scope: Scope, receive: Receive, send: Send, call: Call, collect: Collect) -> None:
         """Run the request, hold its JSON reply back, and send it with the `activations` field."""
+        try:
+            try:
+                start, body = await self._held(scope, receive)
+            finally:
+                self._ledger.close(call)
+            if start["status"] == 200:
+                body = await self._with_activations(body, call, collect)
+        finally:
+            self._ledger.forget(call.id)
+        await _answer(start, body, send)
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The server's own metrics and the recorder's behind them, in Prometheus' plain text whatever was asked for."""
+        headers = [(k, v) for k, v in scope["headers"] if k not in (b"accept", b"accept-encoding")]
+        start, body = await self._held({**scope, "headers": headers}, receive)
+        if start["status"] == 200:
+            body += await asyncio.to_thread(exposition, self._about.config)
+        await _answer(start, body, send)
+
+    async def _held(self, scope: Scope, receive: Receive) -> tuple[Message, bytes]:
+        """The app's reply, held back: its start and its whole body."""
         start: Message = {}
         parts: list[bytes] = []
 
@@ -145,20 +169,8 @@ class CaptureMiddleware:
             else:
                 parts.append(message.get("body", b""))
 
-        try:
-            try:
-                await self._app(scope, receive, hold)
-            finally:
-                self._ledger.close(call)
-            body = b"".join(parts)
-            if start["status"] == 200:
-                body = await self._with_activations(body, call, collect)
-        finally:
-            self._ledger.forget(call.id)
-        start["headers"] = [(k, v) for k, v in start["headers"] if k != b"content-length"]
-        start["headers"].append((b"content-length", str(len(body)).encode()))
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+        await self._app(scope, receive, hold)
+        return start, b"".join(parts)
 
     async def _with_activations(self, body: bytes, call: Call, collect: Collect) -> bytes:
         reply = msgspec.json.decode(body, type=dict[str, Any])
@@ -274,6 +286,14 @@ async def _read(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _answer(start: Message, body: bytes, send: Send) -> None:
+    """Send a reply that was held back, with the length that it has by now."""
+    start["headers"] = [(k, v) for k, v in start["headers"] if k != b"content-length"]
+    start["headers"].append((b"content-length", str(len(body)).encode()))
+    await send(start)
+    await send({"type": "http.response.body", "body": body})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -5,6 +5,7 @@
     <call>.<choice>.failed          the reason why there is none
     .token                          tells whoever can read it that this is the worker's spool (`episodes.handover`)
     .lock                           held by the worker
+    .metrics                        what the recorder counts (`worker.metrics`)
 
 The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
 """
