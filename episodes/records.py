@@ -6,12 +6,14 @@ from typing import Literal
 
 import msgspec
 
+from episodes.points import Points
 from episodes.wire import Sequence, Tokens
 
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
-    points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`.
+    points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`. edit:
+    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`.
     """
 
     model: str
@@ -22,6 +24,13 @@ class Model(msgspec.Struct, frozen=True):
     versions: dict[str, str | None]
     custom: dict[str, str] = {}
     tokens: Tokens = "all"
+    source: Literal["nnsight", "aux"] = "nnsight"
+    edit: str = ""
+
+    @property
+    def offered(self) -> Points:
+        """The points that a call may ask for."""
+        return Points(self.n_layers, self.custom, self.points if self.source == "aux" else None)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -51,6 +60,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
     request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
+    adapter: the LoRA adapter, as in `episodes.wire`.
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
     """
 
@@ -72,6 +82,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     reply: str = ""
     points: list[str] = []
     tokens: Tokens = "all"
+    adapter: str = ""
     sequences: list[Sequence] = []
     kept: list[Kept] = []
     lost: str | None = None
@@ -79,8 +90,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 
     @property
     def spec(self) -> tuple[str, ...]:
-        """What rows are shared under: the points, in order, and which tokens."""
-        return (*self.points, self.tokens)
+        """What rows are shared under: the points, in order, which tokens, and the adapter that computed them."""
+        return (*self.points, self.tokens, self.adapter)
 
     @property
     def n_prompt(self) -> int:

@@ -93,7 +93,9 @@ class Store:
             return call
         file = CallFile(claim)
         self._check(call, file)
-        call = msgspec.structs.replace(call, points=file.points, tokens=file.tokens, sequences=file.sequences)
+        call = msgspec.structs.replace(
+            call, points=file.points, tokens=file.tokens, adapter=file.adapter, sequences=file.sequences
+        )
         with self.history.keeping(call, _computed(file)) as kept:
             call = msgspec.structs.replace(call, kept=kept)
             if kept:

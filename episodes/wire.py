@@ -14,7 +14,8 @@
     token_id  [n] int32            the token that was fed in
     choice    [n] int32            index of the reply's choice that the row's sequence became
 
-and in its metadata `call`, `points` (JSON list of names), `tokens` and `sequences` (JSON list of `Sequence`).
+and in its metadata `call`, `points` (JSON list of names), `tokens`, `sequences` (JSON list of `Sequence`) and
+`adapter`, the LoRA adapter that computed the rows, as `name@path`, or nothing.
 
 **Spool file**, one per sequence, the same without `choice` and `sequences`, with `prompt_token_ids [p] int32` behind
 the rest; `join` makes the one out of the others without copying a row.
@@ -211,7 +212,9 @@ class Extent(NamedTuple):
     data: bytes = b""
 
 
-def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tokens: Tokens = "all") -> list[Extent]:
+def join(
+    call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tokens: Tokens = "all", adapter: str = ""
+) -> list[Extent]:
     """The call file of these sequences, as the stretches that make it up: nothing of the rows is read here."""
     parts = [(sequence, path, read_header(path)[0]) for sequence, path in spooled]
     counts = [tensors["position"].shape[0] for _, _, tensors in parts]
@@ -222,6 +225,7 @@ def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tok
         "points": json.dumps(points),
         "tokens": json.dumps(tokens),
         "sequences": msgspec.json.encode([sequence for sequence, _, _ in parts]).decode(),
+        "adapter": adapter,
     }
     shapes = {
         "rows": (first["rows"].dtype, (n_rows, *first["rows"].shape[1:])),
@@ -249,6 +253,7 @@ class CallFile:
             self.tokens: Tokens = msgspec.json.decode(metadata["tokens"], type=Tokens)
             self.sequences = msgspec.json.decode(metadata["sequences"], type=list[Sequence])
             self.call = metadata["call"]
+            self.adapter = metadata["adapter"]
             self._rows = tensors["rows"]
             self.position, self.token_id, self.choice = (
                 read_tensor(path, tensors[name]) for name in ("position", "token_id", "choice")

@@ -25,7 +25,6 @@ from episodes import messages
 from episodes.errors import BadInput, BadRun
 from episodes.layout import check_name
 from episodes.messages import JSON
-from episodes.points import Points
 from episodes.records import Call
 from episodes.threads import Place
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
@@ -200,7 +199,7 @@ class Proxy:
         if model is None or asked is False:
             return None
         collect = Collect.parse(True if asked is None else asked)
-        points = collect.points(model.points, Points(model.n_layers, model.custom))
+        points = collect.points(model.points, model.offered)
         return Capture(call, salt, tuple(points), collect.tokens or model.tokens)
 
     def _translated(self, fields: JSON, body: bytes) -> bytes:

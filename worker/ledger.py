@@ -39,11 +39,14 @@ class Growing:
 
 @dataclass
 class Call:
-    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds."""
+    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds. adapter: as in
+    `episodes.wire`.
+    """
 
     id: str
     points: list[str]
     tokens: wire.Tokens
+    adapter: str = ""
     sequences: list[Growing] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
@@ -152,7 +155,7 @@ class Ledger:
                 return None
         if not found:
             raise CaptureLost("the request was dropped before the engine ran it")
-        return wire.join(call.id, found, call.points, call.tokens)
+        return wire.join(call.id, found, call.points, call.tokens, call.adapter)
 
     @staticmethod
     def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:
@@ -188,6 +191,8 @@ class Ledger:
             if call is None:
                 return generate(prompt, sampling_params, *args, **kwargs)
             order = call.order(sampling_params.n)
+            lora = kwargs.get("lora_request")
+            call.adapter = f"{lora.lora_name}@{lora.lora_path}" if lora else ""
             sampling_params.extra_args = extra_args | {XARG: msgspec.to_builtins(order)}
             outputs = generate(prompt, sampling_params, *args, **kwargs)
             return self._noting(call, order.first_choice, sampling_params.output_kind.name == "DELTA", outputs)
