@@ -131,7 +131,7 @@ def _show_call(out: Console, call: Call, already: int) -> None:
         spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
         tokens = f"{len(sequence.prompt_token_ids)} + {len(sequence.completion_token_ids)} tokens"
         out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan", markup=False)
-    if record.lost:
+    if record.lost and (call.missing or not record.sequences):
         out.print(f"  no activations: {record.lost}", style="red", markup=False)
 
 
@@ -162,8 +162,7 @@ def seal(run: Path) -> None:
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
-        sealed = [s for s in map(store.seal, list(store.history.episodes)) if s is not None]
-        store.roll()
+        sealed = store.finish()
     finally:
         store.close()
     click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")

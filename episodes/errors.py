@@ -14,6 +14,14 @@ TautapError
 └── CaptureLost          a call whose activations cannot be had, with the reason
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from episodes.wire import Sequence
+
 
 class TautapError(Exception):
     """The root: its text says what was given, what is accepted and what to do."""
@@ -60,4 +68,8 @@ class MissingRows(TautapError):
 
 
 class CaptureLost(TautapError):
-    pass
+    """sequences: the call's tokens, where they are known."""
+
+    def __init__(self, reason: str, sequences: Iterable[Sequence] = ()) -> None:
+        super().__init__(reason)
+        self.sequences = list(sequences)

@@ -76,29 +76,33 @@ class History:
         """
         kept: list[Kept] = []
         stored: list[Sequence] = []
-        rows = self._rows.setdefault(call.spec, Rows())
         try:
             for sequence in call.sequences:
                 # Surplus rows, past what the client was given, belong to no token of the sequence.
-                mine = [(a, min(b, sequence.n_positions)) for a, b in computed.get(sequence.choice, [])]
-                ranges = rows.store(Owner(call.id, sequence.choice), sequence.tokens, mine)
+                first, stop = sequence.wanted(call.tokens)
+                mine = [(max(a, first), min(b, stop)) for a, b in computed.get(sequence.choice, [])]
+                ranges = self._stored(call, sequence).store(Owner(call.id, sequence.choice), sequence.tokens, mine)
                 stored.append(sequence)
                 kept += [Kept(sequence.choice, start, stop) for start, stop in ranges]
             yield kept
         except BaseException:
             for sequence in stored:
-                rows.forget(Owner(call.id, sequence.choice), sequence.tokens)
+                self._stored(call, sequence).forget(Owner(call.id, sequence.choice), sequence.tokens)
             raise
 
     def spans(self, call: Call) -> dict[int, list[Span]]:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
-        rows = self._rows.get(call.spec, Rows())
         spans = {}
         for sequence in call.sequences if call.points else ():
             first, stop = sequence.wanted(call.tokens)
-            clipped = (Span(s.owner, max(s.start, first), min(s.stop, stop)) for s in rows.spans(sequence.tokens))
+            found = self._stored(call, sequence).spans(sequence.tokens)
+            clipped = (Span(s.owner, max(s.start, first), min(s.stop, stop)) for s in found)
             spans[sequence.choice] = [span for span in clipped if span.start < span.stop]
         return spans
+
+    def _stored(self, call: Call, sequence: Sequence) -> Rows:
+        """The rows that a sequence may share: those of its call's spec, computed by its adapter."""
+        return self._rows.setdefault((*call.spec, sequence.adapter), Rows())
 
     def _episode(self, name: str) -> Episode:
         return self.episodes.setdefault(name, Episode(name))

@@ -12,6 +12,7 @@
 A **row** is one token's vectors. It belongs to the call that computed it first; a later call of the same token ids
 refers to it. A **span** `(choice, call, source_choice, start, stop)` says that positions start to stop of a call's
 choice are the rows at the same positions of `call`'s `source_choice`; `call` is null where no row was stored.
+A call with the role `backfill` is nobody's request: it stores rows that another call lacked (`episodes.holes`).
 
 **Shard columns**: `call` `thread` `role` string, `turn` `attempt` int32, `choice` int16, `position` `token_id` int32,
 `phase` (`prompt` or `completion`), then one column per point, fixed_size_binary(itemsize · hidden): little-endian

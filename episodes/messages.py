@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 JSON = dict[str, Any]
+TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
 STRIPPED = ("activations", "activation_collection_status")
 
 
@@ -113,6 +114,14 @@ def chat(fields: JSON | None) -> list[JSON] | None:
     """The messages of a chat request, None if it has none that are well formed."""
     found = (fields or {}).get("messages")
     return found if isinstance(found, list) and all(isinstance(message, dict) for message in found) else None
+
+
+def media(fields: JSON) -> list[str]:
+    """What of a request is not text: the kinds of its messages' parts, such as `image_url`, and `prompt_embeds`."""
+    contents = [message.get("content") for message in chat(fields) or []]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    kinds = {str(part.get("type") or next(iter(part), "text")) for part in parts} - TEXT_PARTS
+    return sorted(kinds | ({"prompt_embeds"} if fields.get("prompt_embeds") else set()))
 
 
 def reply_messages(reply: JSON) -> list[JSON]:

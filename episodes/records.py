@@ -9,6 +9,8 @@ import msgspec
 from episodes.points import Points
 from episodes.wire import Sequence, Tokens
 
+BACKFILL = "backfill"
+
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
@@ -60,7 +62,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
     request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
-    adapter: the LoRA adapter, as in `episodes.wire`.
+    role: who the model was playing; `backfill` for a call of ours that stores what another lacked (`episodes.holes`).
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
     """
 
@@ -82,7 +84,6 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     reply: str = ""
     points: list[str] = []
     tokens: Tokens = "all"
-    adapter: str = ""
     sequences: list[Sequence] = []
     kept: list[Kept] = []
     lost: str | None = None
@@ -90,8 +91,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 
     @property
     def spec(self) -> tuple[str, ...]:
-        """What rows are shared under: the points, in order, which tokens, and the adapter that computed them."""
-        return (*self.points, self.tokens, self.adapter)
+        """What rows are shared under: the points, in order, and which tokens."""
+        return (*self.points, self.tokens)
 
     @property
     def n_prompt(self) -> int:

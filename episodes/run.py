@@ -60,10 +60,10 @@ class Run:
         return Call(self, self.history.calls[call_id])
 
     def episode(self, name: str) -> list[Call]:
-        """The episode's calls, in the order they were committed."""
+        """The episode's calls, in the order they were committed, without those that only fill holes."""
         if name not in self.history.episodes:
             raise BadName(f"run {self.about.run} has no episode {name!r}: {_some(list(self.history.episodes))}")
-        return [Call(self, call) for call in self.history.episodes[name].calls]
+        return [Call(self, call) for call in self.history.episodes[name].calls if call.role != records.BACKFILL]
 
     def stored(self, owner: Owner, start: int, stop: int, point: str) -> NDArray[Any]:
         """[stop - start, hidden] of the rows that a sequence stored itself; CorruptFile if they are not there."""
@@ -94,6 +94,12 @@ class Call:
     def spans(self, choice: int = 0) -> list[Span]:
         """Whose rows the call's positions have, in order."""
         return self.run.history.spans(self.record).get(choice, [])
+
+    @property
+    def missing(self) -> int:
+        """Positions that should have a row and have none."""
+        spans = self.run.history.spans(self.record).values()
+        return sum(span.stop - span.start for own in spans for span in own if span.owner is None)
 
     def positions(self, choice: int = 0) -> NDArray[np.int32]:
         """[positions]: the ones that have a row: all but the last sampled token's, or those that were asked for."""

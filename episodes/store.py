@@ -93,15 +93,33 @@ class Store:
             return call
         file = CallFile(claim)
         self._check(call, file)
-        call = msgspec.structs.replace(
-            call, points=file.points, tokens=file.tokens, adapter=file.adapter, sequences=file.sequences
-        )
+        call = msgspec.structs.replace(call, points=file.points, tokens=file.tokens, sequences=file.sequences)
+        return self._keep(call, file)
+
+    def fill(self, call: Call, claim: Path) -> Call:
+        """Put a call on disk that fills a hole (`Hole.filler`); returns it with the rows it keeps.
+
+        claim: the call file of the re-run, whose prompt is the beginning of the call's sequence; CorruptFile if not.
+        """
+        file = CallFile(claim)
+        self._check(call, file)
+        came, asked = file.sequences[0], call.sequences[0]
+        fed = came.prompt_token_ids
+        same = (file.points, came.adapter) == (call.points, asked.adapter)
+        if not same or not np.array_equal(fed, asked.tokens[: len(fed)]):
+            raise CorruptFile(
+                f"rows of {len(fed)} tokens at {file.points} came back for {call.id}, not those asked for"
+            )
+        return self._keep(call, file)
+
+    def _keep(self, call: Call, file: CallFile) -> Call:
+        """Commit a call; its file becomes the live file if any of its rows is new."""
         with self.history.keeping(call, _computed(file)) as kept:
             call = msgspec.structs.replace(call, kept=kept)
             if kept:
-                publish(claim, self.layout.live_file(call.thread, call.id))
+                publish(file.path, self.layout.live_file(call.thread, call.id))
             else:
-                claim.unlink()
+                file.path.unlink()
             self._journal.append(call)
         self.history.commit(call)
         return call
@@ -123,7 +141,7 @@ class Store:
             return None
         before = episode.sealed.calls if episode.sealed else []
         # An episode that goes on after its seal is rare: only then are its earlier calls read again.
-        held = [r for r in self._records() if isinstance(r, Call) and r.id in set(before)] if before else []
+        held = [call for call in self.calls() if call.id in set(before)] if before else []
         fresh = episode.unsealed
         shard = self.layout.shard(name)
         n_rows = 0
@@ -138,6 +156,16 @@ class Store:
         for thread in {call.thread for call in fresh}:
             shutil.rmtree(self.layout.live / thread, ignore_errors=True)
         return seal
+
+    def finish(self) -> list[Seal]:
+        """Seal every episode that is not, and roll the index."""
+        sealed = [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
+        self.roll()
+        return sealed
+
+    def calls(self) -> Iterator[Call]:
+        """Every call of the journal so far, sealed ones too."""
+        return (record for record in self._records() if isinstance(record, Call))
 
     def _blocks(self, shard: Path, held: list[Call], fresh: list[Call]) -> Iterator[Block]:
         if any(call.kept for call in held):

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from episodes.history import History
 from episodes.layout import Layout
-from episodes.records import Call, Record, Seal
+from episodes.records import BACKFILL, Call, Record, Seal
 
 SPAN = pa.struct(
     [
@@ -130,10 +130,15 @@ class Tally:
     ended: float = 0.0
 
     def add(self, call: Call, row: dict[str, Any]) -> None:
-        self.calls[call.id] = self.threads[call.thread] = None
+        self.calls[call.id] = None
+        if call.role == BACKFILL:  # it said nothing: only its rows count
+            self.counts["n_rows"] += row["n_rows"]
+            return
+        self.threads[call.thread] = None
         self.n_turns = max(self.n_turns, call.turn + 1)
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
         self.counts.update({name: row[name] for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
+        self.counts["n_calls"] += 1
         self.counts["n_positions"] += call.n_positions if call.points else 0
 
     def row(self, layout: Layout) -> dict[str, Any]:
@@ -144,7 +149,7 @@ class Tally:
             "episode": self.episode,
             "status": "sealed" if whole else "live",
             "threads": list(self.threads),
-            "n_calls": len(self.calls),
+            "n_calls": self.counts["n_calls"],
             "n_turns": self.n_turns,
             "n_prompt": counts["n_prompt"],
             "n_completion": counts["n_completion"],

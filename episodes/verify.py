@@ -30,12 +30,12 @@ def problems(run: Run) -> Iterator[str]:
 
 
 def _call_problems(run: Run, call: Call) -> Iterator[str]:
-    if call.lost:
+    spans = run.history.spans(call)
+    missing = [(choice, span) for choice, own in spans.items() for span in own if span.owner is None]
+    if call.lost and (missing or not call.sequences):  # else the rows are there by now: `episodes.holes`
         yield f"call {call.id}: no activations: {call.lost}"
-    for choice, spans in run.history.spans(call).items():
-        for span in spans:
-            if span.owner is None:
-                yield f"call {call.id}, choice {choice}: no rows for positions {span.start} to {span.stop}"
+    for choice, span in missing:
+        yield f"call {call.id}, choice {choice}: no rows for positions {span.start} to {span.stop}"
 
 
 def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:

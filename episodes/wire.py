@@ -14,8 +14,7 @@
     token_id  [n] int32            the token that was fed in
     choice    [n] int32            index of the reply's choice that the row's sequence became
 
-and in its metadata `call`, `points` (JSON list of names), `tokens`, `sequences` (JSON list of `Sequence`) and
-`adapter`, the LoRA adapter that computed the rows, as `name@path`, or nothing.
+and in its metadata `call`, `points` (JSON list of names), `tokens` and `sequences` (JSON list of `Sequence`).
 
 **Spool file**, one per sequence, the same without `choice` and `sequences`, with `prompt_token_ids [p] int32` behind
 the rest; `join` makes the one out of the others without copying a row.
@@ -114,10 +113,11 @@ class Collect(msgspec.Struct, frozen=True):
         return points
 
 
-class Sequence(msgspec.Struct, frozen=True):
+class Sequence(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence of a call: what the engine was given and what it sampled, as the client's choice saw it.
 
-    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it.
+    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it. adapter: the LoRA
+    adapter that it ran with, as `name@path`, or nothing.
     """
 
     choice: int
@@ -125,6 +125,7 @@ class Sequence(msgspec.Struct, frozen=True):
     completion_token_ids: list[int]
     finish_reason: str | None = None
     n_cached: int = 0
+    adapter: str = ""
 
     @property
     def tokens(self) -> NDArray[np.int32]:
@@ -212,9 +213,7 @@ class Extent(NamedTuple):
     data: bytes = b""
 
 
-def join(
-    call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tokens: Tokens = "all", adapter: str = ""
-) -> list[Extent]:
+def join(call: str, spooled: list[tuple[Sequence, Path]], points: list[str], tokens: Tokens = "all") -> list[Extent]:
     """The call file of these sequences, as the stretches that make it up: nothing of the rows is read here."""
     parts = [(sequence, path, read_header(path)[0]) for sequence, path in spooled]
     counts = [tensors["position"].shape[0] for _, _, tensors in parts]
@@ -225,7 +224,6 @@ def join(
         "points": json.dumps(points),
         "tokens": json.dumps(tokens),
         "sequences": msgspec.json.encode([sequence for sequence, _, _ in parts]).decode(),
-        "adapter": adapter,
     }
     shapes = {
         "rows": (first["rows"].dtype, (n_rows, *first["rows"].shape[1:])),
@@ -234,6 +232,8 @@ def join(
         "choice": ("I32", (n_rows,)),
     }
     head = header(shapes, metadata)
+    if len(parts) == 1 and len(head) <= first["rows"].offset:  # then the spool file can become the call file, in place
+        head = header(shapes, metadata, first["rows"].offset)
     extents = [Extent(None, 0, len(head), head)]
     for name in ("rows", "position", "token_id"):
         extents += [Extent(path, t[name].offset, t[name].nbytes) for _, path, t in parts]
@@ -253,7 +253,6 @@ class CallFile:
             self.tokens: Tokens = msgspec.json.decode(metadata["tokens"], type=Tokens)
             self.sequences = msgspec.json.decode(metadata["sequences"], type=list[Sequence])
             self.call = metadata["call"]
-            self.adapter = metadata["adapter"]
             self._rows = tensors["rows"]
             self.position, self.token_id, self.choice = (
                 read_tensor(path, tensors[name]) for name in ("position", "token_id", "choice")

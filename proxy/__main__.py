@@ -15,6 +15,7 @@ import click
 
 from episodes import commands
 from episodes.errors import BadInput, TautapError
+from episodes.layout import Layout
 from proxy.config import Config
 
 WORKER = [sys.executable, "-m", "worker"]
@@ -41,6 +42,24 @@ def cli() -> None:
     """
 
 
+def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of those who talk to a worker that somebody else started."""
+    for option in reversed(
+        [
+            click.option("--backend", required=True, metavar="URL", help="The worker, such as http://127.0.0.1:8001."),
+            click.option("--backend-key", envvar="TAUTAP_BACKEND_KEY", help="Bearer key towards the worker."),
+            click.option(
+                "--spool-dir",
+                type=click.Path(path_type=Path),
+                default=None,
+                help="The worker's --spool-dir, where it is shared but mounted at another path here.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `proxy` and `up` share."""
     for option in reversed(
@@ -54,6 +73,9 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--episode-idle-s", default=300.0, type=click.FloatRange(0), help="Seal an episode quiet for so long."
             ),
             click.option(
+                "--backfill", is_flag=True, help="Before sealing an episode, run again what calls lack rows of."
+            ),
+            click.option(
                 "--compression", default="zstd", type=click.Choice(["zstd", "none"]), help="Of vectors in shards."
             ),
         ]
@@ -63,17 +85,35 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cli.command(context_settings={"show_default": True})
-@click.option("--backend", required=True, metavar="URL", help="The worker, such as http://127.0.0.1:8001.")
-@click.option("--backend-key", envvar="TAUTAP_BACKEND_KEY", help="Bearer key towards the worker.")
+@backend_options
 @proxy_options
-def proxy(backend: str, backend_key: str | None, **options: Any) -> None:
+def proxy(backend: str, **options: Any) -> None:
     """Serve the OpenAI API and record every call.
 
     Requests go to the worker at --backend; what it answers goes to the client. On SIGTERM the proxy finishes what is
     under way and seals every episode.
     """
-    config = settle(backend, options, backend_key)
+    config = settle(backend, options)
     asyncio_run(_proxy(config))
+
+
+@cli.command("backfill")
+@click.argument("run", type=click.Path(path_type=Path))
+@backend_options
+def backfill_command(run: Path, **options: Any) -> None:
+    """Run again what calls lack rows of, and store the rows.
+
+    RUN is a directory that no proxy is writing; --backend is a worker of the same model. Every position that a call
+    of RUN lacks is computed anew and stored with the episode; then the run is sealed and its index written. Exits with
+    1 if calls are left that lack rows.
+    """
+    from proxy.backfill import backfill
+
+    done = asyncio_run(backfill(Layout(run), Config(data=run.parent, run=run.name, **options)))
+    for call, reason in done.left.items():
+        click.echo(f"call {call}: {reason}")
+    click.echo(f"{done.n_rows:,} rows of {done.n_calls} calls filled, {len(done.left)} calls left without")
+    sys.exit(1 if done.left else 0)
 
 
 @cli.command(
@@ -106,7 +146,7 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
     sys.exit(asyncio_run(run_stack(config, command)))
 
 
-def settle(backend: str, options: dict[str, Any], backend_key: str | None = None) -> Config:
+def settle(backend: str, options: dict[str, Any]) -> Config:
     """The proxy's Config out of its command line."""
     aliases = {}
     for pair in options.pop("alias"):
@@ -115,7 +155,7 @@ def settle(backend: str, options: dict[str, Any], backend_key: str | None = None
             raise BadInput(f"--alias {pair!r}: give NAME=SERVED, such as gpt-4o=Qwen/Qwen3-8B")
         aliases[name] = served
     run = options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S")
-    return Config(backend=backend, backend_key=backend_key, aliases=aliases, run=run, **options)
+    return Config(backend=backend, aliases=aliases, run=run, **options)
 
 
 async def _proxy(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from pathlib import Path
 
@@ -10,13 +11,24 @@ import aiohttp
 import msgspec
 
 from episodes.errors import CaptureLost
-from episodes.messages import parse_object
+from episodes.handover import Recipe, take
+from episodes.messages import JSON
 from episodes.records import Model
+from episodes.wire import CAPTURE_HEADER, Capture, Sequence
 from proxy.config import Config
+
+logger = logging.getLogger("tautap.proxy")
 
 CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
 CHUNK = 1 << 20
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A worker's error in OpenAI's shape, and the sequences of the call that has no activations."""
+
+    error: JSON
+    sequences: list[Sequence] = []
 
 
 class Backend:
@@ -27,6 +39,8 @@ class Backend:
         self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
         self._session = session
         self._timeout_s = config.claim_timeout_s
+        self._spool_dir = config.spool_dir
+        self._in_sight = True
         self._foreign = False
         self.model: Model | None = None
 
@@ -53,7 +67,7 @@ class Backend:
             return False
 
     async def claim(self, call: str, into: Path) -> None:
-        """Write a call's activations to a file; CaptureLost, with the reason, if they cannot be had."""
+        """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had."""
         deadline = time.monotonic() + self._timeout_s
         trouble = "the worker had not finished it"
         while time.monotonic() < deadline:
@@ -65,20 +79,46 @@ class Backend:
                 await asyncio.sleep(RETRY_S)
         raise CaptureLost(f"not claimed in {self._timeout_s:.0f} s: {trouble}")
 
+    async def compute(self, model: str, prompt: list[int], capture: Capture) -> None:
+        """Run a prompt of token ids for its rows alone; CaptureLost, with the reason, if the worker does not."""
+        body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        headers = self.headers | {CAPTURE_HEADER: capture.header()}
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        url = f"{self.url}/v1/completions"
+        try:
+            async with self._session.post(url, json=body, headers=headers, timeout=timeout) as reply:
+                if reply.status != 200:
+                    raise await _refused(reply)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise CaptureLost(f"the worker could not be reached: {error or type(error).__name__}") from None
+
     async def _fetch(self, call: str, into: Path) -> bool:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
-        async with self._session.get(url, params={"wait_s": str(CLAIM_WAIT_S)}, headers=headers) as reply:
+        params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
+        async with self._session.get(url, params=params, headers=headers) as reply:
             if reply.status == 202:
                 return False
             if reply.status in (404, 410):
-                fields = parse_object(await reply.read()) or {}
-                raise CaptureLost(str((fields.get("error") or {}).get("message") or f"HTTP {reply.status}"))
+                raise await _refused(reply)
             reply.raise_for_status()
+            if reply.content_type == "application/json":
+                return await self._take(msgspec.json.decode(await reply.read(), type=Recipe), into)
             with into.open("wb") as file:
                 async for chunk in reply.content.iter_chunked(CHUNK):
                     await asyncio.to_thread(file.write, chunk)
         return True
+
+    async def _take(self, recipe: Recipe, into: Path) -> bool:
+        """Make the file out of the worker's spool; False, and never tried again, if that is not in sight from here."""
+        directory = Path(recipe.directory)
+        if self._spool_dir is not None:
+            directory = self._spool_dir / directory.name
+        self._in_sight = await asyncio.to_thread(take, recipe, directory, into)
+        if not self._in_sight:
+            level = logging.INFO if self._spool_dir is None else logging.WARNING
+            logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
+        return self._in_sight
 
     async def forget(self, call: str) -> None:
         """Tell the worker that a call's activations are stored, or not wanted. It is told once: a worker that cannot
@@ -89,3 +129,12 @@ class Backend:
                 pass
         except (aiohttp.ClientError, TimeoutError):
             return
+
+
+async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
+    """Why a worker gives no activations, and of which tokens."""
+    try:
+        refusal = msgspec.json.decode(await reply.read(), type=Refusal)
+    except msgspec.MsgspecError:
+        return CaptureLost(f"HTTP {reply.status}")
+    return CaptureLost(str(refusal.error.get("message")), refusal.sequences)

@@ -12,6 +12,8 @@ from typing import Literal
 class Config:
     """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
 
+    spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
+    backfill: run again what an episode's calls lack, before it is sealed.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
     """
 
@@ -24,4 +26,6 @@ class Config:
     aliases: Mapping[str, str] = field(default_factory=dict)
     backend_key: str | None = None
     compression: Literal["zstd", "none"] = "zstd"
+    spool_dir: Path | None = None
+    backfill: bool = False
     claim_timeout_s: float = 600.0

@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from episodes.errors import CaptureLost, CorruptFile
+from episodes.errors import CaptureLost, CorruptFile, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
 from episodes.store import Store
 from episodes.threads import Place, Threads
 from proxy.backend import Backend
+from proxy.backfill import Backfill
 from proxy.config import Config
 
 logger = logging.getLogger("tautap.proxy")
@@ -38,7 +39,8 @@ T = TypeVar("T")
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
-    def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore) -> None:
+    def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore, backfill: bool = False) -> None:
+        """backfill: run again what calls of an episode lack before it is sealed."""
         self.threads = Threads()
         self._store = store
         self._backend = backend
@@ -47,6 +49,7 @@ class Recording:
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
+        self._backfill = Backfill(store, backend, self._on_disk) if backfill else None
         self._described = False
         self._pending: Counter[str] = Counter()
         self._touched: dict[str, float] = {}
@@ -55,7 +58,7 @@ class Recording:
     @classmethod
     async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, backend, slots)
+        recording = cls(store, backend, slots, config.backfill)
         for episode in store.history.episodes.values():
             if episode.unsealed:
                 recording._touched[episode.id] = time.monotonic()
@@ -111,6 +114,8 @@ class Recording:
             try:
                 await self._backend.claim(call.id, self._store.draft(call.id))
             except CaptureLost as error:
+                return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
+            except (TautapError, OSError) as error:
                 return self._lost(call, str(error))
         return call
 
@@ -132,16 +137,29 @@ class Recording:
 
     async def seal(self, idle_s: float) -> None:
         """Seal every episode with no call under way and none for `idle_s`. One that fails is tried again later."""
-        now = time.monotonic()
-        quiet = [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
-        for episode in quiet:
+        if self._backfill is not None:
+            for episode in self._quiet(idle_s):
+                await self._fill(self._backfill, episode)
+        for episode in self._quiet(idle_s):
+            if self._pending[episode]:  # since the one before it was sealed
+                continue
             del self._touched[episode], self._pending[episode]
             self.threads.close(episode)
             try:
                 await self._on_disk(self._store.seal, episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
-                self._touched[episode] = now
+                self._touched[episode] = time.monotonic()
+
+    async def _fill(self, backfill: Backfill, episode: str) -> None:
+        try:
+            await backfill.fill(self._store.history.episodes[episode].unsealed)
+        except Exception:
+            logger.exception("episode %s could not be filled", episode)
+
+    def _quiet(self, idle_s: float) -> list[str]:
+        now = time.monotonic()
+        return [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""

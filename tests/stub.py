@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from episodes.wire import DTYPES, bounds
+from worker.metrics import Metrics
 from worker.orders import XARG, Config, Order
 from worker.server import CaptureMiddleware
 from worker.spool import SpoolFile, prepare, refuse
@@ -71,6 +72,7 @@ class Engine:
 
     def __init__(self, spool: Path, spool_bytes: int = 1 << 30) -> None:
         self.config = Config(str(spool), spool_bytes, 1 << 30, POINTS)
+        self.metrics = Metrics(spool)
         self.cached: set[tuple[str, bytes]] = set()
         self.fail_captures: str | None = None
         self.vllm_config = SimpleNamespace(
@@ -130,7 +132,9 @@ class Engine:
         spool = Path(self.config.spool_dir)
         for i, reply in enumerate(replies):
             choice = order.first_choice + i
+            self.metrics.add("captures_total")
             if self.fail_captures:
+                self.metrics.add("captures_failed_total")
                 refuse(spool, f"{order.call}.{choice}", self.fail_captures)
                 continue
             tokens = prompt + reply[:-1]
@@ -139,6 +143,7 @@ class Engine:
             first, stop = max(first, n_cached), min(stop, len(tokens))
             if first < stop:
                 computed = rows(tokens, order.points)[first:stop]
+                self.metrics.add("rows_total", stop - first)
                 file.append(first, np.array(tokens[first:stop], np.int32), computed.view(np.uint8))
             file.finish()
 
@@ -162,6 +167,7 @@ class Stub:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [{"id": MODEL}]})),
             Route("/health", lambda _: Response()),
+            Route("/metrics", lambda _: Response("stub_up 1\n", media_type="text/plain; version=0.0.4")),
         ]
         self.app = Starlette(routes=routes)
         self.app.state.engine_client = self.engine
@@ -223,7 +229,8 @@ class Stub:
         if kind == "chat.completion":
             return [render(body["messages"])]
         prompt = body["prompt"]
-        return [list(text.encode()) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        one = isinstance(prompt, str) or isinstance(prompt[0], int)
+        return [list(part.encode()) if isinstance(part, str) else part for part in ([prompt] if one else prompt)]
 
     @staticmethod
     def _choice(index: int, text: str, kind: str) -> dict[str, Any]:

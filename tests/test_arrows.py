@@ -34,6 +34,6 @@ def test_no_module_imports_against_the_arrows(package):
 
 def test_the_api_server_does_not_load_nnsight():
     """nnsight gives every object a `save` method, which breaks anyio in the server's process."""
-    for module in ("server", "ledger", "orders", "embed", "spool"):
+    for module in ("server", "ledger", "orders", "embed", "spool", "metrics"):
         assert not imports(ROOT / "worker" / f"{module}.py") & {"nnsight", "torch"}, module
     assert "nnsight" in imports(ROOT / "worker" / "tap.py")

@@ -2,11 +2,14 @@
 
 import json
 import uuid
+from pathlib import Path
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
+from episodes.handover import Recipe, take
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from tests.stub import MODEL as STUB_MODEL
 from worker.smollm import NAME as REAL_MODEL
@@ -110,6 +113,18 @@ def test_the_rows_come_as_zstd_to_those_who_accept_it(worker):
     assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == plain.content
 
 
+def test_whoever_shares_the_spool_makes_the_same_file_from_a_recipe(worker):
+    capture = new()
+    worker.ask("Hi", capture, path="/v1/completions", n=2, temperature=1, seed=1)
+    whole = worker.claim(capture.call, **{"accept-encoding": "identity"}).content
+    reply = worker.client.get(f"/v1/activations/{capture.call}", params={"wait_s": 20, "as": "recipe"})
+    recipe = msgspec.json.decode(reply.content, type=Recipe)
+    made = worker.tmp_path / "made"
+    assert take(recipe, Path(recipe.directory), made) and made.read_bytes() == whole
+    refused = worker.client.get(f"/v1/activations/{capture.call}", params={"as": "pickle"})
+    assert refused.status_code == 400 and "as=recipe" in refused.json()["error"]["message"]
+
+
 def test_a_prefix_is_computed_once_under_one_salt(worker):
     """The second call brings only what the first did not have; under another salt, everything."""
     salt = uuid.uuid4().hex
@@ -186,7 +201,34 @@ def test_a_refused_request_has_no_activations(worker):
     reply = worker.ask("Hi", capture, model="nobody")
     assert reply.status_code == 404 and "nobody" in reply.json()["error"]["message"]
     gone = worker.claim(capture.call)
-    assert gone.status_code == 410 and gone.json()["error"]["message"]
+    assert gone.status_code == 410 and gone.json()["error"]["message"] and gone.json()["sequences"] == []
+
+
+def test_the_recorders_metrics_stand_behind_the_servers_own(worker):
+    """In plain text, also for those who would take it packed or in another format."""
+
+    def metrics():
+        headers = {"accept": "application/openmetrics-text", "accept-encoding": "gzip"}
+        reply = worker.client.get("/metrics", headers=headers)
+        assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/plain")
+        assert int(reply.headers["content-length"]) == len(reply.content)
+        lines = [line for line in reply.text.splitlines() if not line.startswith("#")]
+        return {name: float(number) for name, _, number in (line.rpartition(" ") for line in lines)}
+
+    before = metrics()
+    assert any(not name.startswith("tautap_") for name in before)
+    capture = new()
+    assert worker.ask("Hi", capture).status_code == 200
+    file = worker.file(capture.call)
+    after = metrics()
+    assert after["tautap_rows_total"] - before["tautap_rows_total"] == file.n_rows
+    assert after["tautap_captures_total"] - before["tautap_captures_total"] == 1
+    assert after["tautap_spool_bytes"] > file.rows.nbytes
+    limits = worker.client.get("/v1/capabilities").json()["limits"]
+    assert after["tautap_buffer_limit_bytes"] == limits["buffer_bytes"] >= after["tautap_buffer_bytes"]
+    assert {"tautap_buffer_waits_total", "tautap_buffer_wait_seconds_total", "tautap_captures_failed_total"} <= set(
+        after
+    )
 
 
 def test_an_unknown_call_is_404_in_openais_shape(worker):

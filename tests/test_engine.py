@@ -5,6 +5,7 @@ Ordered so that each kind of engine starts once: float32, then stock vLLM, then 
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import threading
@@ -14,7 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from episodes.errors import CaptureLost
+from episodes.run import open_run
 from episodes.verify import problems
+from episodes.wire import CallFile
+from proxy.backend import Backend
+from proxy.backfill import backfill
+from proxy.config import Config
 from tests.conftest import proxy_to
 from worker.smollm import NAME as MODEL
 
@@ -153,6 +160,32 @@ def test_plain_pyarrow_reads_what_the_api_reads(engines, tmp_path):
     rows = np.frombuffer(column.buffers()[1], "<f4").reshape(len(column), -1)
     assert np.array_equal(rows, call.activations("layers.15.output"))
     assert shard["token_id"].to_pylist() == call.token_ids().tolist()
+
+
+def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_path, monkeypatch):
+    """Every call's rows are lost after it ran; filled, the run is whole and its rows are transformers'."""
+    claim = Backend.claim
+
+    async def lose(self, call, into):
+        await claim(self, call, into)
+        sequences = CallFile(into).sequences
+        into.unlink()
+        raise CaptureLost("told to lose it", sequences)
+
+    url = engines.get("float32")
+    with monkeypatch.context() as patch:
+        patch.setattr(Backend, "claim", lose)
+        run = record(url, tmp_path)
+    assert sum(call.n_kept for call in run.history.calls.values()) == 0 and len(run.history.calls) == 8
+    done = asyncio.run(backfill(run.layout, Config(url, tmp_path, "r")))
+    filled = open_run(run.layout.root)
+    assert done.left == {} and done.n_rows == sum(filled.calls["n_rows"].to_pylist()) and list(problems(filled)) == []
+    for call_id in run.history.calls:
+        call = filled.call(call_id)
+        expected = reference(call.token_ids())
+        for point in POINTS:
+            error = np.linalg.norm(call.activations(point) - expected[point], axis=1)
+            assert (error <= 1e-4 * np.linalg.norm(expected[point], axis=1)).all()
 
 
 def requests():

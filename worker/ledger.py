@@ -31,31 +31,39 @@ POLL_S = 0.005
 class Growing:
     """A sequence as the client's choice sees it."""
 
+    adapter: str
     prompt_token_ids: list[int] = field(default_factory=list)
     completion_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     n_cached: int = 0
 
+    def sequence(self, choice: int) -> wire.Sequence:
+        return wire.Sequence(
+            choice, self.prompt_token_ids, self.completion_token_ids, self.finish_reason, self.n_cached, self.adapter
+        )
+
 
 @dataclass
 class Call:
-    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds. adapter: as in
-    `episodes.wire`.
-    """
+    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds."""
 
     id: str
     points: list[str]
     tokens: wire.Tokens
-    adapter: str = ""
     sequences: list[Growing] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
 
-    def order(self, n: int) -> Order:
-        """Take in a request of n sequences and say what the engine must be told of it."""
+    def order(self, n: int, adapter: str = "") -> Order:
+        """Take in a request of n sequences, and say what the engine must be told. adapter: as in `wire.Sequence`."""
         first = len(self.sequences)
-        self.sequences += [Growing() for _ in range(n)]
+        self.sequences += [Growing(adapter) for _ in range(n)]
         return Order(self.id, self.points, first, self.tokens)
+
+    @property
+    def known(self) -> list[wire.Sequence]:
+        """The sequences whose tokens are known, whatever became of their rows."""
+        return [growing.sequence(i) for i, growing in enumerate(self.sequences) if growing.prompt_token_ids]
 
     def note(self, first: int, output: Any, delta: bool) -> None:
         """Take in one of vLLM's RequestOutputs; `delta` if it brings only what is new."""
@@ -155,14 +163,14 @@ class Ledger:
                 return None
         if not found:
             raise CaptureLost("the request was dropped before the engine ran it")
-        return wire.join(call.id, found, call.points, call.tokens, call.adapter)
+        return wire.join(call.id, found, call.points, call.tokens)
 
     @staticmethod
     def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:
-        prompt = growing.prompt_token_ids
-        if not prompt:  # dropped before its first token came out: only the engine knows the prompt
-            prompt = wire.read_tensor(path, wire.read_header(path)[0]["prompt_token_ids"]).tolist()
-        return wire.Sequence(choice, prompt, growing.completion_token_ids, growing.finish_reason, growing.n_cached)
+        if not growing.prompt_token_ids:  # dropped before its first token came out: only the engine knows the prompt
+            tensor = wire.read_header(path)[0]["prompt_token_ids"]  # gone once the file has been handed over
+            growing.prompt_token_ids = wire.read_tensor(path, tensor).tolist()
+        return growing.sequence(choice)
 
     def waiting(self) -> list[dict[str, Any]]:
         """What is running or waits to be claimed, oldest first."""
@@ -190,9 +198,8 @@ class Ledger:
             call = self._calls.get(str(extra_args.pop(XARG, "")))
             if call is None:
                 return generate(prompt, sampling_params, *args, **kwargs)
-            order = call.order(sampling_params.n)
             lora = kwargs.get("lora_request")
-            call.adapter = f"{lora.lora_name}@{lora.lora_path}" if lora else ""
+            order = call.order(sampling_params.n, f"{lora.lora_name}@{lora.lora_path}" if lora else "")
             sampling_params.extra_args = extra_args | {XARG: msgspec.to_builtins(order)}
             outputs = generate(prompt, sampling_params, *args, **kwargs)
             return self._noting(call, order.first_choice, sampling_params.output_kind.name == "DELTA", outputs)

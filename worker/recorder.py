@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from episodes.wire import bounds
 from worker.edit import Rows
+from worker.metrics import Metrics
 from worker.orders import XARG, Config, Order
 from worker.spool import SpoolFile, refuse, used_bytes
 from worker.tap import Receive, Stream
@@ -128,6 +130,7 @@ class Writer:
     """A thread that takes jobs in order; `put` waits while more than `bound` bytes are queued."""
 
     bound: int
+    metrics: Metrics = field(default_factory=Metrics)
     _jobs: deque[tuple[int, Callable[[], object]]] = field(default_factory=deque)
     _queued: int = 0
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -137,11 +140,25 @@ class Writer:
 
     def put(self, n_bytes: int, job: Callable[[], object]) -> None:
         with self._changed:
-            # One job larger than the bound goes through alone rather than never.
-            self._changed.wait_for(lambda: not self._queued or self._queued + n_bytes <= self.bound)
-            self._queued += n_bytes
+            if not self._fits(n_bytes):
+                self._wait(n_bytes)
+            self._queue(n_bytes)
             self._jobs.append((n_bytes, job))
             self._changed.notify_all()
+
+    def _fits(self, n_bytes: int) -> bool:
+        """One job larger than the bound goes through alone rather than never."""
+        return not self._queued or self._queued + n_bytes <= self.bound
+
+    def _wait(self, n_bytes: int) -> None:
+        self.metrics.add("buffer_waits_total")
+        begun = time.monotonic()
+        self._changed.wait_for(lambda: self._fits(n_bytes))
+        self.metrics.add("buffer_wait_seconds_total", time.monotonic() - begun)
+
+    def _queue(self, n_bytes: int) -> None:
+        self._queued += n_bytes
+        self.metrics.set("buffer_bytes", self._queued)
 
     def _run(self) -> None:
         while True:
@@ -154,7 +171,7 @@ class Writer:
                 logger.exception("a capture job failed")
             del job
             with self._changed:
-                self._queued -= n_bytes
+                self._queue(-n_bytes)
                 self._changed.notify_all()
 
 
@@ -170,7 +187,8 @@ class Recorder:
         self._dtype, self._dtype_code, self._hidden = dtype, dtype_code, hidden
         self._lane = lane
         self._spool = Path(config.spool_dir)
-        self._writer = Writer(config.buffer_bytes)
+        self._metrics = Metrics(self._spool)
+        self._writer = Writer(config.buffer_bytes, self._metrics)
         self._captured: dict[str, Captured] = {}
         self._files: dict[str, SpoolFile] = {}  # the writer's own
         for point in config.points:
@@ -194,7 +212,7 @@ class Recorder:
                 self._source.watch(point)
         except Exception as error:
             reason = str(error)
-            self._writer.put(0, lambda: refuse(self._spool, f"{order.call}.{choice}", reason))
+            self._writer.put(0, lambda: self._refuse(f"{order.call}.{choice}", reason))
             return
         self._captured[request] = captured
         self._writer.put(0, lambda: self._open(request, captured))
@@ -264,11 +282,12 @@ class Recorder:
     # ---- the writer thread
 
     def _open(self, request: str, captured: Captured) -> None:
+        self._metrics.add("captures_total")
         name = f"{captured.call}.{captured.choice}"
         used = used_bytes(self._spool)
         if used >= self.config.spool_bytes:
             reason = f"the spool is full: {used} of {self.config.spool_bytes} bytes wait to be claimed"
-            return refuse(self._spool, name, reason)
+            return self._refuse(name, reason)
         try:
             self._files[request] = SpoolFile(
                 self._spool,
@@ -280,7 +299,11 @@ class Recorder:
                 captured.prompt,
             )
         except OSError as error:
-            refuse(self._spool, name, f"the spool cannot be written: {error}")
+            self._refuse(name, f"the spool cannot be written: {error}")
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self._metrics.add("captures_failed_total")
+        refuse(self._spool, name, reason)
 
     def _write(self, step: Step, arrive: Callable[[], tuple[Tensor, Tensor]]) -> None:
         slab, ids = arrive()
@@ -299,7 +322,9 @@ class Recorder:
             if len(file.points) < len(step.points):
                 mine = mine[:, [step.points.index(point) for point in file.points]]
             try:
-                file.append(span.start, token_ids[own], mine)
+                written = file.append(span.start, token_ids[own], mine)
+                self._metrics.add("rows_total", written // mine[0].nbytes)
+                self._metrics.add("row_bytes_total", written)
             except OSError as error:
                 self._fail(span.request, f"the spool cannot be written: {error}")
 
@@ -316,4 +341,5 @@ class Recorder:
         file = self._files.pop(request, None)
         if file is not None:
             logger.error("capture of %s failed: %s", request, reason)
+            self._metrics.add("captures_failed_total")
             file.fail(reason)

@@ -23,10 +23,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
+from episodes.handover import TOKEN, Recipe
 from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
 from worker.ledger import Call, Ledger
+from worker.metrics import exposition
 from worker.orders import XARG, Config
 
 Scope = MutableMapping[str, Any]
@@ -52,6 +54,8 @@ class CaptureMiddleware:
             self._install(scope["app"])
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
             await self._generation(scope, receive, send)
+        elif scope["type"] == "http" and scope["path"] in ("/metrics", "/metrics/"):
+            await self._metrics(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -135,6 +139,27 @@ class CaptureMiddleware:
 
     async def _embed(self, scope: Scope, receive: Receive, send: Send, call: Call, collect: Collect) -> None:
         """Run the request, hold its JSON reply back, and send it with the `activations` field."""
+        try:
+            try:
+                start, body = await self._held(scope, receive)
+            finally:
+                self._ledger.close(call)
+            if start["status"] == 200:
+                body = await self._with_activations(body, call, collect)
+        finally:
+            self._ledger.forget(call.id)
+        await _answer(start, body, send)
+
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The server's own metrics and the recorder's behind them, in Prometheus' plain text whatever was asked for."""
+        headers = [(k, v) for k, v in scope["headers"] if k not in (b"accept", b"accept-encoding")]
+        start, body = await self._held({**scope, "headers": headers}, receive)
+        if start["status"] == 200:
+            body += await asyncio.to_thread(exposition, self._about.config)
+        await _answer(start, body, send)
+
+    async def _held(self, scope: Scope, receive: Receive) -> tuple[Message, bytes]:
+        """The app's reply, held back: its start and its whole body."""
         start: Message = {}
         parts: list[bytes] = []
 
@@ -144,20 +169,8 @@ class CaptureMiddleware:
             else:
                 parts.append(message.get("body", b""))
 
-        try:
-            try:
-                await self._app(scope, receive, hold)
-            finally:
-                self._ledger.close(call)
-            body = b"".join(parts)
-            if start["status"] == 200:
-                body = await self._with_activations(body, call, collect)
-        finally:
-            self._ledger.forget(call.id)
-        start["headers"] = [(k, v) for k, v in start["headers"] if k != b"content-length"]
-        start["headers"].append((b"content-length", str(len(body)).encode()))
-        await send(start)
-        await send({"type": "http.response.body", "body": body})
+        await self._app(scope, receive, hold)
+        return start, b"".join(parts)
 
     async def _with_activations(self, body: bytes, call: Call, collect: Collect) -> bytes:
         reply = msgspec.json.decode(body, type=dict[str, Any])
@@ -224,6 +237,7 @@ class Routes:
     def __init__(self, ledger: Ledger, about: About) -> None:
         self._ledger = ledger
         self._about = about
+        self._token = (ledger.spool / TOKEN).read_text()
 
     async def capabilities(self, request: Request) -> Response:
         return JSONResponse(self._about.capabilities())
@@ -232,7 +246,11 @@ class Routes:
         return JSONResponse({"data": await asyncio.to_thread(self._ledger.waiting)})
 
     async def claim(self, request: Request) -> Response:
-        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason."""
+        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason
+        and the sequences, as far as their tokens are known.
+
+        `as=recipe` answers instead how to make it out of the spool, for those who share that directory.
+        """
         call = self._ledger.find(request.path_params["call"])
         if call is None:
             return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
@@ -240,12 +258,19 @@ class Routes:
             wait_s = float(request.query_params.get("wait_s", 0))
         except ValueError:
             return JSONResponse(_error("wait_s takes seconds, such as wait_s=10", 400), 400)
+        form = request.query_params.get("as", "file")
+        if form not in ("file", "recipe"):
+            return JSONResponse(_error(f"as={form[:40]}: give as=file or as=recipe", 400), 400)
         try:
             extents = await self._ledger.wait_for(call, min(wait_s, WAIT_LIMIT_S))
         except CaptureLost as error:
-            return JSONResponse(_error(str(error), 410), 410)
+            known = msgspec.to_builtins(call.known)
+            return JSONResponse(_error(str(error), 410) | {"sequences": known}, 410)
         if extents is None:
             return JSONResponse({"call": call.id, "state": "running"}, 202)
+        if form == "recipe":
+            recipe = Recipe.of(extents, self._ledger.spool, self._token)
+            return Response(msgspec.json.encode(recipe), media_type="application/json")
         headers = {"Content-Type": "application/octet-stream"}
         if "zstd" in request.headers.get("accept-encoding", ""):
             return StreamingResponse(_zstd(_chunks(extents)), headers=headers | {"Content-Encoding": "zstd"})
@@ -265,6 +290,14 @@ async def _read(receive: Receive) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body"):
             return b"".join(parts)
+
+
+async def _answer(start: Message, body: bytes, send: Send) -> None:
+    """Send a reply that was held back, with the length that it has by now."""
+    start["headers"] = [(k, v) for k, v in start["headers"] if k != b"content-length"]
+    start["headers"].append((b"content-length", str(len(body)).encode()))
+    await send(start)
+    await send({"type": "http.response.body", "body": body})
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

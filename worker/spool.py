@@ -3,6 +3,9 @@
     <call>.<choice>.part            growing; its first `room` bytes are kept free for the header
     <call>.<choice>.safetensors     complete
     <call>.<choice>.failed          the reason why there is none
+    .token                          tells whoever can read it that this is the worker's spool (`episodes.handover`)
+    .lock                           held by the worker
+    .metrics                        what the recorder counts (`worker.metrics`)
 
 The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from episodes.errors import BadInput
+from episodes.handover import TOKEN
 from episodes.wire import header
 
 PART, WHOLE, FAILED = ".part", ".safetensors", ".failed"
+TOKEN_ROOM = 8  # bytes of a token id in JSON, at most
 
 
 def spooled(directory: Path, call: str, choice: int, suffix: str = WHOLE) -> Path:
@@ -43,7 +49,8 @@ class SpoolFile:
         self._positions: list[NDArray[np.int32]] = []
         self._token_ids: list[NDArray[np.int32]] = []
         self._next = 0
-        self._room = 4096 + len(header({}, {"points": json.dumps(points)}))
+        # Room for the call file's header too, up to 1,024 generated tokens: then the file is handed over as it is.
+        self._room = 4096 + len(header({}, {"points": json.dumps(points)})) + TOKEN_ROOM * (len(prompt) + 1024)
         self._file: BinaryIO = Path(f"{self._path}{PART}").open("wb", buffering=1 << 20)
         self._file.seek(self._room)
 
@@ -98,11 +105,12 @@ def refuse(directory: Path, name: str, reason: str) -> None:
 def used_bytes(directory: Path) -> int:
     """What the spool takes up now."""
     total = 0
-    for path in directory.iterdir():
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:  # claimed and deleted meanwhile
-            continue
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            try:
+                total += 0 if entry.name.startswith(".") else entry.stat().st_size
+            except FileNotFoundError:  # claimed and deleted meanwhile
+                continue
     return total
 
 
@@ -122,3 +130,4 @@ def prepare(directory: Path) -> None:
     for path in directory.iterdir():
         if path.suffix in (PART, WHOLE, FAILED):
             path.unlink()
+    (directory / TOKEN).write_text(secrets.token_hex())

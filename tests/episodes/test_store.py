@@ -53,7 +53,7 @@ class Writer:
         asked = tokens
         sequences = []
         for choice in range(choices):
-            sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed)
+            sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed, adapter)
             tokens = sequence.tokens.tolist()
             file = SpoolFile(self.spool, name, choice, points, "BF16", MODEL.hidden_size, prompt)
             rows = [[vector(tokens, p, point) for point in points] for p in range(computed, len(tokens))]
@@ -65,7 +65,7 @@ class Writer:
             file.finish()
             sequences.append((sequence, spooled(self.spool, name, choice)))
         claim = self.store.draft(name)
-        extents = join(name, sequences, points, asked, adapter)
+        extents = join(name, sequences, points, asked)
         claim.write_bytes(
             b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
         )

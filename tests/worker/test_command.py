@@ -125,7 +125,7 @@ def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
     (spool / "old.0.safetensors").write_text("")
     (tmp_path / "model.safetensors").write_text("mine")
     prepare(spool)
-    assert sorted(p.name for p in spool.iterdir()) == [".lock"] and (tmp_path / "model.safetensors").exists()
+    assert sorted(p.name for p in spool.iterdir()) == [".lock", ".token"] and (tmp_path / "model.safetensors").exists()
     (spool / "new.0.safetensors").write_text("")
     with pytest.raises(BadInput, match="another --port or --spool-dir"):
         prepare(spool)

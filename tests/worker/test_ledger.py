@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from episodes.errors import CaptureLost
+from episodes.wire import Sequence
 from worker import ledger as module
 from worker.ledger import Ledger
 from worker.spool import PART, SpoolFile, refuse, spooled
@@ -82,8 +83,10 @@ def test_a_call_that_never_ran_is_given_up(ledger, monkeypatch):
 
 def test_a_failed_capture_says_why(ledger):
     call = begin(ledger)
+    call.note(0, output([5], "stop"), delta=True)
     refuse(ledger.spool, "c.0", "the spool is full")
     ledger.close(call)
+    assert call.known == [Sequence(0, [1, 2], [5], "stop")], "the tokens are known all the same"
     with pytest.raises(CaptureLost, match="the spool is full"):
         collect(ledger, call)
 

@@ -1,6 +1,7 @@
 """The recorder and the tap on a toy model: which rows of a step end up in which file."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from episodes.errors import UnknownPoint
 from episodes.wire import read_header, read_tensor
 from tests.conftest import until
+from worker.metrics import Metrics, exposition
 from worker.orders import XARG, Config
 from worker.recorder import Lane, Recorder, Writer
 from worker.spool import FAILED, prepare, spooled, used_bytes
@@ -292,3 +294,43 @@ def test_the_step_waits_when_the_buffer_is_full():
     gate.set()
     waiting.join(10)
     until(lambda: done == ["first", "second", "large"], "all jobs")
+
+
+def test_waiting_is_counted_where_the_server_sees_it(tmp_path):
+    """How often, while it lasts, and how long; what fits does not count."""
+    prepare(tmp_path)
+    config = Config(str(tmp_path), 1 << 30, 10, [])
+    writer, gate = Writer(10, Metrics(tmp_path)), threading.Event()
+    writer.put(4, gate.wait)
+    writer.put(6, lambda: None)
+    assert value(config, "buffer_bytes") == 10 and value(config, "buffer_waits_total") == 0
+    waiting = threading.Thread(target=lambda: writer.put(1, lambda: None))
+    begun = time.monotonic()
+    waiting.start()
+    until(lambda: value(config, "buffer_waits_total") == 1, "a wait")
+    assert value(config, "buffer_wait_seconds_total") == 0 and value(config, "buffer_limit_bytes") == 10
+    gate.set()
+    waiting.join(10)
+    assert 0 < value(config, "buffer_wait_seconds_total") <= time.monotonic() - begun
+    until(lambda: value(config, "buffer_bytes") == 0, "an empty buffer")
+
+
+def value(config, name):
+    lines = [line.split() for line in exposition(config).decode().splitlines() if not line.startswith("#")]
+    return float(dict(lines)[f"tautap_{name}"])
+
+
+def test_what_was_recorded_and_what_failed_is_counted(tmp_path):
+    rig = Rig(tmp_path)
+    assert value(rig.recorder.config, "captures_total") == 0
+    rig.admit("a", "ca", [1, 2])
+    rig.admit("b", "cb", [1], points=["layers.9.output"])
+    rig.step(("a", 0, [1, 2]), ("x", 0, [3]))
+    rig.admit("a", "ca", [1, 2])
+    rig.step(("a", 0, [1, 2, 3]))
+    rig.finish("a")
+    rows = rig.read("ca")[2]
+    assert rig.reason("cb")
+    found = [value(rig.recorder.config, name) for name in ("captures_total", "captures_failed_total", "rows_total")]
+    assert found == [1, 1, 3] and value(rig.recorder.config, "row_bytes_total") == rows.nbytes
+    assert value(rig.recorder.config, "spool_bytes") > rows.nbytes

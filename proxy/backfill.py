@@ -1,0 +1,104 @@
+"""Backfill: what a run lacks is run through the worker again, as a prompt, and its rows are stored."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from episodes.errors import BadInput, BadRun, TautapError
+from episodes.holes import Hole, holes, unfillable
+from episodes.layout import Layout
+from episodes.records import Call
+from episodes.store import Store
+from episodes.wire import Capture
+from proxy.backend import Backend
+from proxy.config import Config
+
+logger = logging.getLogger("tautap.proxy")
+
+
+@dataclass
+class Filled:
+    """What a backfill did. n_rows: stored, for n_calls calls. left: calls that still lack rows, and why."""
+
+    n_rows: int = 0
+    n_calls: int = 0
+    left: dict[str, str] = field(default_factory=dict)
+
+
+class Backfill:
+    """Fills the holes of a run, one at a time. on_disk: runs work of the store where the store's work is done."""
+
+    def __init__(self, store: Store, backend: Backend, on_disk: Callable[..., Awaitable[Any]]) -> None:
+        self._store = store
+        self._backend = backend
+        self._on_disk = on_disk
+
+    async def fill(self, calls: Iterable[Call]) -> Filled:
+        """Fill the holes of these calls; what cannot be filled is left, and said."""
+        done = Filled()
+        asked = iter(calls)
+        while (call := await self._on_disk(next, asked, None)) is not None:
+            try:
+                n_rows = await self._mend(call)
+            except (TautapError, OSError) as error:
+                done.left[call.id] = str(error)
+                logger.warning("call %s could not be filled: %s", call.id, error)
+            else:
+                done.n_rows += n_rows
+                done.n_calls += n_rows > 0
+        return done
+
+    async def _mend(self, call: Call) -> int:
+        """Fill a call's holes; returns the rows stored. BadRun, with the reason, for what no re-run can give."""
+        history, n_rows = self._store.history, 0
+        if reason := await self._on_disk(unfillable, call, history):
+            raise BadRun(reason)
+        found = holes([call], history)
+        while (hole := await self._on_disk(next, found, None)) is not None:
+            n_rows += await self._run_again(hole)
+        return n_rows
+
+    async def _run_again(self, hole: Hole) -> int:
+        capture = Capture(f"c-{uuid.uuid4().hex[:16]}", uuid.uuid4().hex, tuple(hole.call.points), hole.tokens)
+        draft = self._store.draft(capture.call)
+        started = time.time()
+        try:
+            await self._backend.compute(hole.call.model, hole.prompt, capture)
+            await self._backend.claim(capture.call, draft)
+            filler = hole.filler(capture.call, started, time.time())
+            stored: Call = await self._on_disk(self._store.fill, filler, draft)
+        finally:
+            await asyncio.to_thread(draft.unlink, missing_ok=True)
+            await self._backend.forget(capture.call)
+        return stored.n_kept
+
+
+async def backfill(layout: Layout, config: Config) -> Filled:
+    """Fill every hole of a run that no proxy writes, seal it and write its index.
+
+    BadInput if no worker of ours answers; BadRun if there is no such run, if it is being written, or if the worker
+    runs another model
+    """
+    if not layout.run.exists():
+        raise BadRun(f"{layout.root} is not a run: it has no run.json")
+    async with aiohttp.ClientSession(auto_decompress=False) as session:
+        backend = Backend(config, session)
+        model = await backend.capabilities()
+        if model is None:
+            raise BadInput(f"--backend {config.backend}: no worker of tautap's answers there")
+        store = await asyncio.to_thread(Store, layout)
+        try:
+            await asyncio.to_thread(store.describe, model)
+            done = await Backfill(store, backend, asyncio.to_thread).fill(store.calls())
+            await asyncio.to_thread(store.finish)
+        finally:
+            store.close()
+    return done

@@ -1,0 +1,81 @@
+"""How the proxy gets a call's activations: out of the worker's spool where that is in sight, else over HTTP."""
+
+import asyncio
+import logging
+import uuid
+
+import aiohttp
+import httpx
+import numpy as np
+import pytest
+
+from episodes.errors import CaptureLost
+from episodes.wire import CAPTURE_HEADER, CallFile, Capture
+from proxy.backend import Backend
+from proxy.config import Config
+from tests.stub import MODEL, rows
+from worker.spool import spooled
+
+
+def ask(url, n=1):
+    """A captured call; its id."""
+    call = f"c-{uuid.uuid4().hex}"
+    body = {"model": MODEL, "prompt": "Hi", "n": n}
+    httpx.post(f"{url}/v1/completions", json=body, headers={CAPTURE_HEADER: Capture(call).header()}).raise_for_status()
+    return call
+
+
+def claim(url, calls, tmp_path, **options):
+    """The files of these calls, claimed one after the other by one backend."""
+
+    async def claiming():
+        async with aiohttp.ClientSession(auto_decompress=False) as session:
+            backend = Backend(Config(url, tmp_path, "r", claim_timeout_s=5, **options), session)
+            for call in calls:
+                await backend.claim(call, tmp_path / call)
+
+    asyncio.run(claiming())
+    return [tmp_path / call for call in calls]
+
+
+def check(path, n=1):
+    file = CallFile(path)
+    assert len(file.sequences) == n
+    for sequence in file.sequences:
+        assert np.array_equal(file.rows[file.choice == sequence.choice], rows(sequence.tokens.tolist(), file.points))
+
+
+def test_a_worker_on_the_same_file_system_gives_its_own_file(stub, tmp_path):
+    calls = [ask(stub.url), ask(stub.url, n=2)]
+    one, two = claim(stub.url, calls, tmp_path)
+    assert one.samefile(spooled(tmp_path / "spool", calls[0], 0))
+    check(one)
+    check(two, n=2)
+
+
+def test_a_spool_mounted_at_another_path_is_found_by_the_option(stub, tmp_path):
+    """As in a container: the worker's name of its directory means nothing here, the volume is at `mnt`."""
+    mounted = tmp_path / "mnt"
+    mounted.symlink_to(tmp_path)
+    calls = [ask(stub.url)]
+    (one,) = claim(stub.url, calls, tmp_path, spool_dir=mounted)
+    assert one.samefile(spooled(tmp_path / "spool", calls[0], 0))
+    check(one)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_spool_out_of_sight_is_claimed_over_http(stub, tmp_path, caplog, n):
+    """And it is said once that what was given is not the spool."""
+    calls = [ask(stub.url, n), ask(stub.url, n)]
+    with caplog.at_level(logging.INFO, "tautap.proxy"):
+        files = claim(stub.url, calls, tmp_path, spool_dir=tmp_path / "nowhere")
+    for path, call in zip(files, calls, strict=True):
+        assert not path.samefile(spooled(tmp_path / "spool", call, 0))
+        check(path, n)
+    (said,) = [r for r in caplog.records if "over HTTP" in r.getMessage()]
+    assert said.levelname == "WARNING" and "nowhere/spool" in said.getMessage()
+
+
+def test_what_the_worker_does_not_have_is_lost_with_its_reason(stub, tmp_path):
+    with pytest.raises(CaptureLost, match="no captured call has this id"):
+        claim(stub.url, ["c-nobody"], tmp_path)
