@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from episodes.records import Role
+from episodes.wire import Tokens
+
 
 @dataclass(frozen=True)
 class Config:
     """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
 
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
+    capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
 
     backend: str
@@ -25,3 +29,4 @@ class Config:
     backend_key: str | None = None
     compression: Literal["zstd", "none"] = "zstd"
     claim_timeout_s: float = 600.0
+    capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)

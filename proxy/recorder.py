@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from episodes.cast import Cast, Group, Part
 from episodes.errors import CaptureLost, CorruptFile
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
 from episodes.store import Store
-from episodes.threads import Place, Threads
+from episodes.taubench import TauBench
+from episodes.threads import Place
 from proxy.backend import Backend
 from proxy.config import Config
 
@@ -39,7 +41,7 @@ class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
     def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore) -> None:
-        self.threads = Threads()
+        self._cast = Cast(TauBench())
         self._store = store
         self._backend = backend
         self._slots = slots
@@ -50,15 +52,16 @@ class Recording:
         self._described = False
         self._pending: Counter[str] = Counter()
         self._touched: dict[str, float] = {}
+        self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
         recording = cls(store, backend, slots)
-        for episode in store.history.episodes.values():
-            if episode.unsealed:
-                recording._touched[episode.id] = time.monotonic()
+        left = await asyncio.to_thread(store.history.unsealed)
+        recording._cast.replay(left)
+        recording._touched = dict.fromkeys((call.thread for call in left), time.monotonic())
         return recording
 
     async def describe(self) -> None:
@@ -80,11 +83,21 @@ class Recording:
         """Whether so many calls wait to be committed that no more should be taken."""
         return len(self._tasks) >= PENDING_LIMIT
 
-    def place(self, call: str, messages: list[JSON] | None, episode: str | None) -> Place:
+    def part(self, messages: list[JSON] | None) -> Part:
+        """Who speaks in a call with these messages."""
+        return self._cast.dialect.part(messages or [])
+
+    def place(
+        self, call: str, messages: list[JSON] | None, part: Part, episode: str | None, retried: bool | None
+    ) -> Place:
         """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
-        place = self.threads.place(call, messages, episode)
-        self._pending[place.episode] += 1
+        place = self._cast.place(call, messages, part, episode, retried)
+        self._pending[place.thread] += 1
         return place
+
+    def replied(self, place: Place, replies: list[JSON]) -> None:
+        """The call at `place` is over, for its conversation to go on; no replies if it failed."""
+        self._cast.replied(place, replies)
 
     def record(self, call: Call, claim: bool, foreign: JSON) -> None:
         """Take a finished call, whatever became of it. claim: the worker may have activations of it."""
@@ -103,8 +116,8 @@ class Recording:
             logger.exception("call %s could not be recorded", call.id)
             self._lost(call, str(error))
         finally:
-            self._pending[call.episode] -= 1
-            self._touched[call.episode] = time.monotonic()
+            self._pending[call.thread] -= 1
+            self._touched[call.thread] = time.monotonic()
 
     async def _claim(self, call: Call) -> Call:
         async with self._slots:
@@ -131,17 +144,36 @@ class Recording:
             draft.unlink(missing_ok=True)
 
     async def seal(self, idle_s: float) -> None:
-        """Seal every episode with no call under way and none for `idle_s`. One that fails is tried again later."""
-        now = time.monotonic()
-        quiet = [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
-        for episode in quiet:
-            del self._touched[episode], self._pending[episode]
-            self.threads.close(episode)
+        """Note which threads make up which episode, and seal those where none has a call under way or had one for
+        `idle_s`. One that fails is tried again later.
+        """
+        since = time.monotonic() - idle_s
+        for group in self._cast.groups():
+            try:
+                await self._on_disk(self._store.pair, group, self._cast.dialect.name)
+            except Exception:
+                logger.exception("the threads of episode %s could not be noted", group.episode)
+                continue
+            # Whoever could stand in this episode as well may yet say something that tells them apart.
+            if all(self._quiet(thread, since) for thread in (*group.threads, *group.tied)):
+                self._close(group)
+        for episode in sorted(self._ending & self._store.history.episodes.keys()):
             try:
                 await self._on_disk(self._store.seal, episode)
+                self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
-                self._touched[episode] = now
+
+    def _quiet(self, thread: str, since: float) -> bool:
+        return not self._pending[thread] and self._touched.get(thread, since) <= since
+
+    def _close(self, group: Group) -> None:
+        """Let nothing continue an episode's threads any more: it is to be sealed."""
+        self._cast.close(group.threads)
+        self._ending.add(group.episode)
+        for thread in group.threads:
+            self._touched.pop(thread, None)
+            del self._pending[thread]
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""
