@@ -16,6 +16,7 @@ from episodes.layout import Layout
 from episodes.messages import JSON, parse_object, reply_messages
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
+from episodes.taubench import TauBench
 from episodes.verify import problems
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -116,7 +117,7 @@ def _show_call(out: Console, call: Call, already: int) -> None:
     record = call.record
     for message in _request_messages(call)[already:]:
         _say(out, str(message.get("role")), message)
-    repeat = f", attempt {record.attempt}" if record.attempt else ""
+    repeat = f", attempt {record.attempt} ({record.kind})" if record.attempt else ""
     head = f"{record.thread} {record.role}, turn {record.turn}{repeat}, {record.id}"
     out.rule(f"[dim]{head}[/dim]", align="left", characters="·")
     reply = parse_object(record.reply.encode()) or {}
@@ -162,7 +163,7 @@ def seal(run: Path) -> None:
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
-        sealed = store.finish()
+        sealed = store.finish(TauBench())
     finally:
         store.close()
     click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")

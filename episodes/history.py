@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from episodes.records import Call, Kept, Record, Seal
+import msgspec
+
+from episodes.records import Call, Kept, Link, Pair, Record, Seal
 from episodes.rows import Owner, Rows, Span
 from episodes.wire import Sequence
 
@@ -16,11 +18,15 @@ Ranges = dict[int, list[tuple[int, int]]]
 
 @dataclass
 class Episode:
-    """An episode's calls, in the order they were committed, and its last seal."""
+    """An episode's calls, in the order they were committed, its last seal, and what its threads and a results file say
+    of it.
+    """
 
     id: str
     calls: list[Call] = field(default_factory=list)
     sealed: Seal | None = None
+    pair: Pair | None = None
+    link: Link | None = None
 
     @property
     def unsealed(self) -> list[Call]:
@@ -42,30 +48,69 @@ class History:
         """
         self.calls: dict[str, Call] = {}
         self.episodes: dict[str, Episode] = {}
+        self._homes: dict[str, str] = {}
         self._forget_sealed = forget_sealed
         self._rows: dict[tuple[str, ...], Rows] = {}
         for record in records:
             self.add(record)
 
     def add(self, record: Record) -> None:
-        if isinstance(record, Seal):
-            episode = self._episode(record.episode)
-            episode.sealed = record
-            if self._forget_sealed:
-                episode.calls = episode.unsealed
-                for call in record.calls:
-                    self.calls.pop(call, None)
-            return
-        kept: Ranges = {}
-        for part in record.kept:
-            kept.setdefault(part.choice, []).append((part.start, part.stop))
-        with self.keeping(record, kept):
-            self.commit(record)
+        match record:
+            case Seal():
+                self._seal(record)
+            case Pair():
+                self._pair(record)
+            case Link():
+                self._episode(record.episode).link = record
+            case Call():
+                kept: Ranges = {}
+                for part in record.kept:
+                    kept.setdefault(part.choice, []).append((part.start, part.stop))
+                with self.keeping(record, kept):
+                    self.commit(record)
 
     def commit(self, call: Call) -> None:
         """Take in a call whose rows count as stored."""
-        self.calls[call.id] = call
+        self.calls[call.id] = call = self.at_home(call)
         self._episode(call.episode).calls.append(call)
+
+    def at_home(self, call: Call) -> Call:
+        """The call in the episode where its thread belongs by now."""
+        home = self.home(call.thread, call.episode)
+        return call if home == call.episode else msgspec.structs.replace(call, episode=home)
+
+    def home(self, thread: str, first: str | None = None) -> str:
+        """The episode where a thread belongs by now; first: where it began, if that is not one of its own."""
+        return self._homes.get(thread, first or thread)
+
+    def _seal(self, seal: Seal) -> None:
+        episode = self._episode(seal.episode)
+        episode.sealed = seal
+        if self._forget_sealed:
+            episode.calls = episode.unsealed
+            for call in seal.calls:
+                self.calls.pop(call, None)
+
+    def _pair(self, pair: Pair) -> None:
+        """Move the threads' calls that are in no shard yet."""
+        episode = self._episode(pair.episode)
+        episode.pair = pair
+        for thread in pair.threads:
+            old = self.episodes.get(self.home(thread))
+            self._homes[thread] = episode.id
+            if old is None or old is episode:
+                continue
+            moved = [call for call in old.unsealed if call.thread == thread]
+            old.calls = [call for call in old.calls if call.thread != thread or call not in moved]
+            for call in moved:
+                self.calls[call.id] = self.at_home(call)
+                episode.calls.append(self.calls[call.id])
+            if not old.calls and old.sealed is None:
+                del self.episodes[old.id]
+
+    def unsealed(self) -> list[Call]:
+        """The calls that no shard holds yet."""
+        return [call for episode in self.episodes.values() for call in episode.unsealed]
 
     @contextmanager
     def keeping(self, call: Call, computed: Ranges) -> Iterator[list[Kept]]:
@@ -76,30 +121,33 @@ class History:
         """
         kept: list[Kept] = []
         stored: list[Sequence] = []
-        rows = self._rows.setdefault(call.spec, Rows())
         try:
             for sequence in call.sequences:
                 # Surplus rows, past what the client was given, belong to no token of the sequence.
                 first, stop = sequence.wanted(call.tokens)
                 mine = [(max(a, first), min(b, stop)) for a, b in computed.get(sequence.choice, [])]
-                ranges = rows.store(Owner(call.id, sequence.choice), sequence.tokens, mine)
+                ranges = self._stored(call, sequence).store(Owner(call.id, sequence.choice), sequence.tokens, mine)
                 stored.append(sequence)
                 kept += [Kept(sequence.choice, start, stop) for start, stop in ranges]
             yield kept
         except BaseException:
             for sequence in stored:
-                rows.forget(Owner(call.id, sequence.choice), sequence.tokens)
+                self._stored(call, sequence).forget(Owner(call.id, sequence.choice), sequence.tokens)
             raise
 
     def spans(self, call: Call) -> dict[int, list[Span]]:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
-        rows = self._rows.get(call.spec, Rows())
         spans = {}
         for sequence in call.sequences if call.points else ():
             first, stop = sequence.wanted(call.tokens)
-            clipped = (Span(s.owner, max(s.start, first), min(s.stop, stop)) for s in rows.spans(sequence.tokens))
+            found = self._stored(call, sequence).spans(sequence.tokens)
+            clipped = (Span(s.owner, max(s.start, first), min(s.stop, stop)) for s in found)
             spans[sequence.choice] = [span for span in clipped if span.start < span.stop]
         return spans
+
+    def _stored(self, call: Call, sequence: Sequence) -> Rows:
+        """The rows that a sequence may share: those of its call's spec, computed by its adapter."""
+        return self._rows.setdefault((*call.spec, sequence.adapter), Rows())
 
     def _episode(self, name: str) -> Episode:
         return self.episodes.setdefault(name, Episode(name))

@@ -2,7 +2,7 @@
 
     <data>/<run>/
       run.json                          format, run, model, dtype, hidden size, points, versions, created
-      journal.jsonl                     one checksummed line per committed call or seal; append-only; the truth
+      journal.jsonl                     one checksummed line per call, seal, pair or link; append-only; the truth
       live/<thread>/<call>.safetensors  call files (`episodes.wire`) of episodes that are not sealed yet
       shards/<episode>.parquet          a sealed episode: one row per token that it computed
       foreign/<call>.json.zst           activations that a backend which is not ours put into its reply
@@ -20,6 +20,12 @@ elements, null where that call did not record that point. Field metadata: `dtype
 and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements per point. Rows are in the order of the
 journal, then choice, then position; row groups hold at most 4,096 rows; pages carry checksums; vectors have neither
 dictionary nor statistics and are compressed with zstd level 1 unless the run says `none`.
+
+**Which episode.** A call's line names the episode it began in: the one that the client named (`named`), else one of its
+thread's own. A `pair` line moves threads into an episode, any number of times until it is sealed, never after; a
+`link` line joins a results file's entry to an episode, at any time. The last line of a kind counts, and no other file
+changes with it: live files lie by thread, a shard is written when the episode is sealed. Simulator calls made before
+there is a task, role `warmup`, are in the episode `warmups`.
 
 **calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`. They are written when the
 proxy stops and by `tautap seal`; the journal is always ahead of them or equal.

@@ -5,7 +5,6 @@ Pure: bytes in, values out. Tolerant of what other servers send, since whatever 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,11 +14,14 @@ JSON = dict[str, Any]
 TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
 STRIPPED = ("activations", "activation_collection_status")
 
+_objects: msgspec.json.Decoder[JSON] = msgspec.json.Decoder(JSON)
+_sorted = msgspec.json.Encoder(order="deterministic")
 
-def parse_object(data: bytes) -> JSON | None:
+
+def parse_object(data: bytes | str) -> JSON | None:
     """The JSON object in `data`, None if it is anything else."""
     try:
-        return msgspec.json.decode(data, type=JSON)
+        return _objects.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
 
@@ -136,30 +138,38 @@ def finish_reason(reply: JSON) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def canonical(message: JSON) -> bytes:
+def canonical(message: JSON) -> tuple[str, str, bytes]:
     """What identifies a message: role, content, and its first tool call by name and arguments.
 
     Clients send messages back changed: with extra keys, null for empty content, arguments serialised anew, and
     (tau-bench) only the first tool call. All of that makes no difference here.
     """
-    content = message.get("content")
+    return str(message.get("role")), text_of(message), _first_call(message.get("tool_calls"))
+
+
+def text_of(message: JSON) -> str:
+    """A message's content as text, its parts joined; the empty one if there is none."""
+    content = message.get("content") or ""
     if isinstance(content, list):
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
-    calls = message.get("tool_calls") or []
-    call = None
-    if isinstance(calls, list) and calls and isinstance(calls[0], dict):
-        function = calls[0].get("function") or {}
-        arguments = function.get("arguments")
-        parsed = parse_object(arguments.encode()) if isinstance(arguments, str) else arguments
-        call = [function.get("name"), parsed if parsed is not None else arguments]
-    parts = [message.get("role"), content or "", call]
-    return msgspec.json.encode(parts, order="deterministic")
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else str(content)
 
 
-def prefix_digests(messages: Iterable[JSON]) -> Iterator[bytes]:
-    """A digest of the first message, of the first two, and so on."""
-    digest = hashlib.blake2b(digest_size=16)
+def _first_call(calls: Any) -> bytes:
+    call = calls[0] if calls and isinstance(calls, list) else None
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return b""
+    arguments = function.get("arguments")
+    parsed = parse_object(arguments) if isinstance(arguments, str) else None
+    return _sorted.encode([function.get("name"), arguments if parsed is None else parsed])
+
+
+def prefix_digests(messages: Iterable[JSON], before: int = 0) -> Iterator[int]:
+    """A digest of the first message, of the first two, and so on; `before` stands for messages that precede them.
+
+    64 bits, and another value in every process: strings are hashed by Python, ten times as fast as by BLAKE2.
+    """
     for message in messages:
-        text = canonical(message)
-        digest.update(b"%d:" % len(text) + text)
-        yield digest.digest()
+        before = hash((before, canonical(message)))
+        yield before

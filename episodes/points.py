@@ -23,6 +23,7 @@ HOOKS = {
     "mlp": "what the MLP block adds to the residual stream",
 }
 ENDS = {"embed.output": "the residual stream before the first block", "final.output": "the final norm's output"}
+POINT_LIMIT = 512
 ALIASES = {"attn.output": "attn", "mlp.output": "mlp"}
 DEFAULT_LAYERS = (8, 12, 16)
 LAYERS = re.compile(r"(-?\d+)|(-?\d+)-(-?\d+)|(-?\d*):(-?\d*)(?::([1-9]\d*))?")
@@ -40,17 +41,30 @@ class Points:
     """The points that a model offers.
 
     custom: hook name → nnsight location of a module's `.input` or `.output`, such as
-    `model.layers.*.self_attn.o_proj.output`, where `*` stands for the layer
+    `model.layers.*.self_attn.o_proj.output`, where `*` stands for the layer. only: the points there are, where they
+    were settled before the model was compiled.
     """
 
-    def __init__(self, n_layers: int, custom: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, n_layers: int, custom: Mapping[str, str] | None = None, only: Iterable[str] | None = None
+    ) -> None:
         self.n_layers = n_layers
         self.custom = dict(custom or {})
+        self.only = None if only is None else list(only)
 
     @property
     def hooks(self) -> list[str]:
         """Every hook name there is, those of the blocks first."""
+        if self.only is not None:
+            return list(dict.fromkeys(split(point).hook for point in self.only))
         return [*HOOKS, *ENDS, *self.custom]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that have points."""
+        if self.only is not None:
+            return sorted({layer for layer, _ in map(split, self.only) if layer is not None})
+        return list(range(self.n_layers))
 
     def name(self, layers: Iterable[int], hooks: Iterable[str]) -> list[str]:
         """`["layers.8.output", …]`, layer by layer in the order given, each once; negative layers count from the end.
@@ -63,7 +77,12 @@ class Points:
                 raise UnknownPoint(f"hook point {hook!r} does not exist: hook points are {', '.join(self.hooks)}")
         inside = [hook for hook in wanted if hook in HOOKS or "*" in self.custom.get(hook, "")]
         points = [f"layers.{layer}.{hook}" for layer in map(self.layer, layers) for hook in inside]
-        return list(dict.fromkeys([*points, *(hook for hook in wanted if hook not in inside)]))
+        named = list(dict.fromkeys([*points, *(hook for hook in wanted if hook not in inside)]))
+        if len(named) > POINT_LIMIT:
+            raise UnknownPoint(f"{len(named)} points: at most {POINT_LIMIT} can be recorded at once")
+        for point in named:
+            self._settled(point)
+        return named
 
     def layer(self, number: int) -> int:
         """The layer's number from 0; UnknownPoint past the model's depth."""
@@ -74,8 +93,13 @@ class Points:
             )
         return number % self.n_layers
 
+    def _settled(self, point: str) -> None:
+        if self.only is not None and point not in self.only:
+            raise UnknownPoint(f"point {point!r} is not one of those that the worker was started with: {self.only}")
+
     def check(self, point: str) -> Point:
         """A point's name taken apart; UnknownPoint for what is none of this model's."""
+        self._settled(point)
         parsed = split(point)
         if parsed.layer is None:
             if parsed.hook in ENDS or (parsed.hook in self.custom and "*" not in self.custom[parsed.hook]):

@@ -6,14 +6,14 @@ from typing import Literal
 
 import msgspec
 
+from episodes.points import Points
 from episodes.wire import Sequence, Tokens
-
-BACKFILL = "backfill"
 
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
-    points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`.
+    points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`. edit:
+    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`.
     """
 
     model: str
@@ -24,6 +24,13 @@ class Model(msgspec.Struct, frozen=True):
     versions: dict[str, str | None]
     custom: dict[str, str] = {}
     tokens: Tokens = "all"
+    source: Literal["nnsight", "aux"] = "nnsight"
+    edit: str = ""
+
+    @property
+    def offered(self) -> Points:
+        """The points that a call may ask for."""
+        return Points(self.n_layers, self.custom, self.points if self.source == "aux" else None)
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -37,6 +44,14 @@ class Run(msgspec.Struct, frozen=True):
     created: float
     recorded: Model | None = None
     compression: Literal["zstd", "none"] = "zstd"
+
+
+Role = Literal["agent", "user", "supervisor", "warmup"]
+# In the place of a role: a call of ours that stores what another lacked (`episodes.holes`).
+BACKFILL: Literal["backfill"] = "backfill"
+# What a call is to its turn: the first one, the same again after a failure, the same again after a good reply that was
+# rejected, or one asked beside it. `episodes.threads` tells them apart.
+Kind = Literal["turn", "retry", "reask", "branch"]
 
 
 class Kept(msgspec.Struct, frozen=True, array_like=True):
@@ -53,7 +68,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if it left before one.
     request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
-    role: who the model was playing; `backfill` for a call of ours that stores what another lacked (`episodes.holes`).
+    episode: as far as was known when the call began: a `Pair` may move its thread unless it is named, which is to say
+    by the client. attempt: counts a turn's calls.
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
     """
 
@@ -68,7 +84,9 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     ended: float
     status: int
     first_byte: float | None = None
-    role: str = "agent"
+    role: Role | Literal["backfill"] = "agent"
+    kind: Kind = "turn"
+    named: bool = False
     finish_reason: str | None = None
     error: str | None = None
     request: str = ""
@@ -114,4 +132,42 @@ class Seal(msgspec.Struct, frozen=True, tag="seal"):
     at: float
 
 
-Record = Call | Seal
+class Pair(msgspec.Struct, frozen=True, tag="pair", omit_defaults=True):
+    """These threads belong to the episode; a later record may move them again, until it is sealed.
+
+    benchmark, strategy, user_strategy: what the conversations say of themselves. tied: threads that could stand in this
+    episode as well as the ones that do, by all that was said and when.
+    """
+
+    episode: str
+    threads: list[str]
+    at: float
+    benchmark: str | None = None
+    strategy: str | None = None
+    user_strategy: str | None = None
+    tied: list[str] = []
+
+
+class Link(msgspec.Struct, frozen=True, tag="link", omit_defaults=True):
+    """What a benchmark's results file says of an episode; a later link of the episode replaces an earlier one.
+
+    by: what it was found by. tied: other episodes that the result fits as well. source: the file's name. info: JSON.
+    """
+
+    episode: str
+    benchmark: str
+    task_id: str
+    trial: int
+    reward: float
+    by: Literal["transcript", "instruction", "order"]
+    env: str | None = None
+    split: str | None = None
+    strategy: str | None = None
+    user_strategy: str | None = None
+    error: str | None = None
+    info: str = ""
+    source: str = ""
+    tied: list[str] = []
+
+
+Record = Call | Seal | Pair | Link

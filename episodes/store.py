@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -16,14 +16,17 @@ import pyarrow.parquet as pq
 import zstandard
 
 from episodes import journal
+from episodes.cast import Cast, Dialect, Group
 from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import History, Ranges
 from episodes.layout import FORMAT, Layout, crc32, publish, whole
-from episodes.records import Call, Model, Record, Run, Seal
+from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, write_shard
 from episodes.tables import CALLS, EPISODES, index
 from episodes.wire import DTYPE_CODES, CallFile
+
+NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
 def read_run(layout: Layout) -> Run:
@@ -88,8 +91,7 @@ class Store:
                 draft.write_bytes(zstandard.compress(foreign, 3))
             call = msgspec.structs.replace(call, foreign=True)
         if claim is None:
-            self._journal.append(call)
-            self.history.add(call)
+            self._append(call)
             return call
         file = CallFile(claim)
         self._check(call, file)
@@ -103,8 +105,10 @@ class Store:
         """
         file = CallFile(claim)
         self._check(call, file)
-        fed, wanted = file.sequences[0].prompt_token_ids, call.sequences[0].tokens
-        if file.points != call.points or not np.array_equal(fed, wanted[: len(fed)]):
+        came, asked = file.sequences[0], call.sequences[0]
+        fed = came.prompt_token_ids
+        same = (file.points, came.adapter) == (call.points, asked.adapter)
+        if not same or not np.array_equal(fed, asked.tokens[: len(fed)]):
             raise CorruptFile(
                 f"rows of {len(fed)} tokens at {file.points} came back for {call.id}, not those asked for"
             )
@@ -132,6 +136,39 @@ class Store:
         if found != expected:
             raise CorruptFile(f"a call file of {found}, expected {expected}")
 
+    def pair(self, group: Group, benchmark: str | None) -> None:
+        """Note which threads make up an episode, if that is news. benchmark: whose, if it is one's."""
+        threads = [thread for thread in group.placed if self.history.home(thread) != group.episode]
+        known = self.history.episodes.get(group.episode)
+        before = known.pair if known else None
+        said = (benchmark if group.user_strategy else None, group.strategy, group.user_strategy, group.tied)
+        if threads or said != (
+            (before.benchmark, before.strategy, before.user_strategy, before.tied) if before else NEWS
+        ):
+            self._append(Pair(group.episode, threads, time.time(), *said))
+
+    def link(self, links: Iterable[Link]) -> int:
+        """Note what results files say of episodes; returns how many links are new."""
+        episodes = self.history.episodes
+        news = [link for link in links if link.episode in episodes and episodes[link.episode].link != link]
+        for link in news:
+            self._append(link)
+        return len(news)
+
+    def _append(self, record: Record) -> None:
+        self._journal.append(record)
+        self.history.add(record)
+
+    def finish(self, dialect: Dialect) -> list[Seal]:
+        """Seal what is live, threads that a writer before this one left open as their calls tell; roll the index."""
+        cast = Cast(dialect)
+        cast.replay(self.history.unsealed())
+        for group in cast.groups():
+            self.pair(group, dialect.name)
+        sealed = [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
+        self.roll()
+        return sealed
+
     def seal(self, name: str) -> Seal | None:
         """Move an episode's rows into its shard; None if that has been done. An earlier seal's rows are taken along."""
         episode = self.history.episodes[name]
@@ -149,17 +186,10 @@ class Store:
             n_rows = write_shard(shard, kept, blocks, self.run.recorded, self.run.compression)
         n_bytes, checksum = (shard.stat().st_size, crc32(shard)) if n_rows else (0, 0)
         seal = Seal(name, before + [call.id for call in fresh], n_rows, n_bytes, checksum, time.time())
-        self._journal.append(seal)
-        self.history.add(seal)
+        self._append(seal)
         for thread in {call.thread for call in fresh}:
             shutil.rmtree(self.layout.live / thread, ignore_errors=True)
         return seal
-
-    def finish(self) -> list[Seal]:
-        """Seal every episode that is not, and roll the index."""
-        sealed = [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
-        self.roll()
-        return sealed
 
     def calls(self) -> Iterator[Call]:
         """Every call of the journal so far, sealed ones too."""

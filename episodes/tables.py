@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from episodes.history import History
 from episodes.layout import Layout
-from episodes.records import BACKFILL, Call, Record, Seal
+from episodes.records import BACKFILL, Call, Link, Pair, Record, Seal
 
 SPAN = pa.struct(
     [
@@ -43,6 +43,7 @@ CALLS = pa.schema(
         pa.field("role", pa.string()),
         pa.field("turn", pa.int32()),
         pa.field("attempt", pa.int32()),
+        pa.field("kind", pa.string()),
         pa.field("endpoint", pa.string()),
         pa.field("model", pa.string()),
         pa.field("started", pa.timestamp("us", "UTC")),
@@ -72,10 +73,20 @@ EPISODES = pa.schema(
         pa.field("status", pa.string()),
         pa.field("benchmark", pa.string()),
         pa.field("env", pa.string()),
+        pa.field("split", pa.string()),
         pa.field("task_id", pa.string()),
         pa.field("trial", pa.int32()),
+        pa.field("strategy", pa.string()),
+        pa.field("user_strategy", pa.string()),
         pa.field("reward", pa.float64()),
+        pa.field("error", pa.string()),
+        pa.field("info", pa.string()),
+        pa.field("linked_by", pa.string()),
+        pa.field("link_tied", pa.list_(pa.string())),
+        pa.field("agent_thread", pa.string()),
+        pa.field("user_thread", pa.string()),
         pa.field("threads", pa.list_(pa.string())),
+        pa.field("tied", pa.list_(pa.string())),
         pa.field("n_calls", pa.int32()),
         pa.field("n_turns", pa.int32()),
         pa.field("n_prompt", pa.int64()),
@@ -102,18 +113,18 @@ def index(history: History, layout: Layout, records: Iterable[Record]) -> Iterat
     episodes: dict[str, Tally] = {}
     rows: list[dict[str, Any]] = []
     for record in records:
-        tally = episodes.setdefault(record.episode, Tally(record.episode))
-        if isinstance(record, Seal):
-            tally.sealed = record
+        if not isinstance(record, Call):
+            episodes.setdefault(record.episode, Tally(record.episode)).note(record)
             continue
-        row = _call_row(history, record)
-        tally.add(record, row)
+        call = history.at_home(record)
+        row = _call_row(history, call)
+        episodes.setdefault(call.episode, Tally(call.episode)).add(call, row)
         rows.append(row)
         if len(rows) == BATCH:
             yield pa.Table.from_pylist(rows, CALLS)
             rows = []
     yield pa.Table.from_pylist(rows, CALLS)
-    yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values()], EPISODES)
+    yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values() if tally.calls], EPISODES)
 
 
 @dataclass
@@ -122,19 +133,31 @@ class Tally:
 
     episode: str
     sealed: Seal | None = None
+    pair: Pair | None = None
+    link: Link | None = None
     calls: dict[str, None] = field(default_factory=dict)
-    threads: dict[str, None] = field(default_factory=dict)
+    threads: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     n_turns: int = 0
     started: float = math.inf
     ended: float = 0.0
+
+    def note(self, record: Seal | Pair | Link) -> None:
+        """Keep the last record of each kind."""
+        match record:
+            case Seal():
+                self.sealed = record
+            case Pair():
+                self.pair = record
+            case Link():
+                self.link = record
 
     def add(self, call: Call, row: dict[str, Any]) -> None:
         self.calls[call.id] = None
         if call.role == BACKFILL:  # it said nothing: only its rows count
             self.counts["n_rows"] += row["n_rows"]
             return
-        self.threads[call.thread] = None
+        self.threads[call.thread] = call.role
         self.n_turns = max(self.n_turns, call.turn + 1)
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
         self.counts.update({name: row[name] for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
@@ -148,6 +171,9 @@ class Tally:
         return {
             "episode": self.episode,
             "status": "sealed" if whole else "live",
+            **self._said(),
+            "agent_thread": self._thread("agent"),
+            "user_thread": self._thread("user"),
             "threads": list(self.threads),
             "n_calls": self.counts["n_calls"],
             "n_turns": self.n_turns,
@@ -162,6 +188,22 @@ class Tally:
             "n_bytes": sealed.n_bytes if sealed else 0,
         }
 
+    def _said(self) -> dict[str, Any]:
+        """What the results file says, and the conversations where it says nothing."""
+        pair, link = self.pair, self.link
+        said: dict[str, Any] = {"tied": pair.tied if pair else []}
+        for name in ("benchmark", "strategy", "user_strategy"):
+            said[name] = getattr(link, name, None) or getattr(pair, name, None)
+        if link is not None:
+            said |= {
+                name: getattr(link, name) for name in ("env", "split", "task_id", "trial", "reward", "error", "info")
+            }
+            said |= {"linked_by": link.by, "link_tied": link.tied}
+        return said
+
+    def _thread(self, role: str) -> str | None:
+        return next((thread for thread, played in self.threads.items() if played == role), None)
+
 
 def _call_row(history: History, call: Call) -> dict[str, Any]:
     spans = history.spans(call)
@@ -172,6 +214,7 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
         "role": call.role,
         "turn": call.turn,
         "attempt": call.attempt,
+        "kind": call.kind,
         "endpoint": call.endpoint,
         "model": call.model,
         "started": _us(call.started),

@@ -1,9 +1,14 @@
 """Which conversation a call belongs to, found from its messages or told by the client.
 
 A call continues the thread whose last call it extends: that call's messages, the reply it got, and whatever follows.
-Conversations that look the same are told apart one to one: a thread that has been continued waits no
-more until its own reply is there. A repeat of a call that failed is an attempt of the same turn; so is a repeat of
-one that succeeded once the conversation is under way (a first call repeated is another conversation).
+Conversations that look the same are told apart one to one: a thread that has been continued waits no more until its
+own reply is there. What does not continue a reply is, in this order of evidence,
+
+- `retry`: the same messages again, of a call that failed, or that an SDK says it repeats
+- `reask`: the same messages again though the reply was good: the reply was rejected. A first call repeated is another
+  conversation unless `rejected` said otherwise
+- `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
+  After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
 """
 
 from __future__ import annotations
@@ -13,29 +18,42 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from episodes.messages import JSON, prefix_digests
+from episodes.records import Kind
+
+Key = tuple[str | None, int]
 
 
 class Place(NamedTuple):
-    """Where a call belongs."""
+    """Where a call belongs. attempt: counts the calls of a turn, whatever their kind."""
 
     episode: str
     thread: str
     turn: int
     attempt: int
+    kind: Kind = "turn"
 
 
 @dataclass(eq=False)
 class Thread:
-    """A conversation so far. asked: digest of its last call's messages. ends: what a next call must begin with."""
+    """A conversation so far.
+
+    scope: the episode that the client named, else None. asked: digest of the last turn's messages, `end` of the last
+    call's. ends: what a next call must begin with. n_good: replies of this turn.
+    """
 
     id: str
     episode: str
+    scope: str | None
     turn: int = -1
     attempt: int = 0
-    n_messages: int = 0
-    asked: bytes = b""
+    asked: int | None = None
+    end: int | None = None
+    ends: list[int] = field(default_factory=list)
+    n_good: int = 0
+    busy: bool = False
     failed: bool = False
-    ends: list[bytes] = field(default_factory=list)
+    rejected: bool = False
+    reasked: bool = False
 
 
 class Threads:
@@ -43,63 +61,119 @@ class Threads:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[tuple[str | None, bytes], list[Thread]] = {}
-        self._asked: dict[tuple[str | None, bytes], list[Thread]] = {}
+        self._waiting: dict[Key, list[Thread]] = {}
+        self._asked: dict[Key, list[Thread]] = {}
         self._threads: dict[str, Thread] = {}
 
-    def place(self, call: str, messages: list[JSON] | None, episode: str | None = None) -> Place:
-        """Where a new call belongs. messages: None for an endpoint that has none. episode: as the client named it."""
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def place(
+        self, call: str, messages: list[JSON] | None, episode: str | None = None, retried: bool | None = None
+    ) -> Place:
+        """Where a new call belongs. messages: None for an endpoint that has none. episode: as the client named it.
+
+        retried: whether the client says that it repeats a call; None if it says nothing
+        """
         with self._lock:
             digests = list(prefix_digests(messages)) if messages else []
-            thread = self._repeated(digests, episode) or self._continued(digests, episode)
+            thread, kind = self._find(digests, messages or [], episode, retried)
             if thread is None:
-                thread = Thread(f"t-{call}", episode or f"t-{call}")
-                self._threads[thread.id] = thread
+                thread = self._threads[f"t-{call}"] = Thread(f"t-{call}", episode or f"t-{call}", episode)
             self._forget(thread)
-            repeated = bool(digests) and thread.asked == digests[-1]
-            thread.turn, thread.attempt = (thread.turn, thread.attempt + 1) if repeated else (thread.turn + 1, 0)
-            thread.n_messages = len(digests)
-            thread.asked, thread.failed, thread.ends = digests[-1] if digests else b"", False, []
-            return Place(thread.episode, thread.id, thread.turn, thread.attempt)
+            if kind == "turn":
+                thread.turn, thread.attempt, thread.n_good, thread.ends = thread.turn + 1, 0, 0, []
+                thread.asked, thread.reasked = digests[-1] if digests else None, False
+            else:
+                thread.attempt += 1
+                thread.reasked |= kind == "reask"
+            thread.end = digests[-1] if digests else None
+            thread.busy, thread.failed, thread.rejected = True, False, False
+            for key in self._asked_keys(thread):
+                self._asked.setdefault(key, []).append(thread)
+            return Place(thread.episode, thread.id, thread.turn, thread.attempt, kind)
 
-    def replied(self, place: Place, messages: list[JSON] | None, replies: list[JSON], explicit: bool) -> None:
+    def replied(self, place: Place, replies: list[JSON]) -> None:
         """The call at `place` is over; `replies` are its choices' messages, none if it failed."""
         with self._lock:
             thread = self._threads.get(place.thread)
-            if thread is None or not messages:
-                return
-            thread.failed = not replies
-            key = place.episode if explicit else None
-            thread.ends = [list(prefix_digests([*messages, reply]))[-1] for reply in replies]
-            for end in thread.ends:
-                self._waiting.setdefault((key, end), []).append(thread)
-            self._asked.setdefault((key, thread.asked), []).append(thread)
+            if thread is None or thread.end is None or (thread.turn, thread.attempt) != place[2:4]:
+                return  # closed, without messages, or given up by its client, who has sent it again
+            thread.busy, thread.failed = False, not replies
+            thread.n_good += bool(replies)
+            thread.ends += [next(prefix_digests([reply], thread.end)) for reply in replies]
+            for end in set(thread.ends):
+                self._waiting.setdefault((thread.scope, end), []).append(thread)
 
-    def close(self, episode: str) -> None:
-        """The episode is sealed: nothing continues it any more."""
+    def rejected(self, thread: str) -> None:
+        """The last reply of the thread will not be used: the same messages again are its next attempt."""
         with self._lock:
-            for thread in [t for t in self._threads.values() if t.episode == episode]:
-                self._forget(thread)
-                del self._threads[thread.id]
+            if thread in self._threads:
+                self._threads[thread].rejected = True
 
-    def _continued(self, digests: list[bytes], episode: str | None) -> Thread | None:
-        """The thread that waits for the longest prefix of these messages, the one waiting longest first."""
-        for digest in reversed(digests):
-            waiting = self._waiting.get((episode, digest))
-            if waiting:
-                return waiting[0]
-        return None
+    def close(self, thread: str) -> None:
+        """Nothing continues the thread any more."""
+        with self._lock:
+            found = self._threads.pop(thread, None)
+            if found is not None:
+                self._forget(found)
 
-    def _repeated(self, digests: list[bytes], episode: str | None) -> Thread | None:
-        for thread in self._asked.get((episode, digests[-1]), []) if digests else []:
-            if thread.failed or thread.turn > 0:
-                return thread
-        return None
+    def _find(
+        self, digests: list[int], messages: list[JSON], scope: str | None, retried: bool | None
+    ) -> tuple[Thread | None, Kind]:
+        """The thread that a call belongs to and what it is there, in order of evidence; None for a new one."""
+        if not digests:
+            return None, "turn"
+        same = [t for t in self._asked.get((scope, digests[-1]), []) if t.end == digests[-1]]
+        if announced := self._announced(same, retried):
+            return announced
+        for n in range(len(digests), 0, -1):
+            key = (scope, digests[n - 1])
+            if key in self._waiting:
+                return self._waiting[key][0], "turn"  # the one waiting longest
+            for thread in self._asked.get(key, []):
+                if n == len(digests):
+                    kind = self._unannounced(thread, digests[-1], retried)
+                elif thread.asked == digests[n - 1] and messages[n].get("role") != "assistant":
+                    kind = self._beside(thread)
+                else:
+                    kind = None
+                if kind is not None:
+                    return thread, kind
+        return None, "turn"
+
+    @staticmethod
+    def _announced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
+        """A repeat of which there is a sign. An SDK sends again what failed, else what it gave up waiting for."""
+        if retried and same:
+            return min(same, key=lambda thread: (not thread.failed, not thread.busy)), "retry"
+        return next(((thread, "reask") for thread in same if thread.rejected), None)
+
+    @staticmethod
+    def _unannounced(thread: Thread, digest: int, retried: bool | None) -> Kind | None:
+        """What the same messages again are to a thread when nothing else announced them."""
+        if thread.end != digest or thread.busy:
+            return None
+        if thread.failed:
+            return None if retried is False and thread.turn == 0 else "retry"
+        return "reask" if thread.turn > 0 else None
+
+    @staticmethod
+    def _beside(thread: Thread) -> Kind | None:
+        """What more than its messages, but not its reply, are to a thread."""
+        if thread.busy or not thread.n_good:
+            return None
+        return "turn" if thread.reasked else "branch"
+
+    @staticmethod
+    def _asked_keys(thread: Thread) -> set[Key]:
+        return {(thread.scope, digest) for digest in (thread.asked, thread.end) if digest is not None}
 
     def _forget(self, thread: Thread) -> None:
         """Take the thread out of both indexes: it is busy, or gone."""
-        for index, digests in ((self._waiting, thread.ends), (self._asked, [thread.asked])):
-            for key in [(k, digest) for digest in digests for k in (None, thread.episode)]:
+        waiting = {(thread.scope, end) for end in thread.ends}
+        for index, keys in ((self._waiting, waiting), (self._asked, self._asked_keys(thread))):
+            for key in keys:
                 if thread in index.get(key, []):
                     index[key].remove(thread)
                     if not index[key]:

@@ -113,10 +113,11 @@ class Collect(msgspec.Struct, frozen=True):
         return points
 
 
-class Sequence(msgspec.Struct, frozen=True):
+class Sequence(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence of a call: what the engine was given and what it sampled, as the client's choice saw it.
 
-    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it.
+    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it. adapter: the LoRA
+    adapter that it ran with, as `name@path`, or nothing.
     """
 
     choice: int
@@ -124,6 +125,7 @@ class Sequence(msgspec.Struct, frozen=True):
     completion_token_ids: list[int]
     finish_reason: str | None = None
     n_cached: int = 0
+    adapter: str = ""
 
     @property
     def tokens(self) -> NDArray[np.int32]:

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import click
 
 from episodes import commands
 from episodes.errors import BadInput, TautapError
 from episodes.layout import Layout
+from episodes.records import Role
+from episodes.wire import Tokens
 from proxy.config import Config
 
 WORKER = [sys.executable, "-m", "worker"]
@@ -69,6 +71,12 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--host", default="127.0.0.1", help="Address to listen on."),
             click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Port to listen on."),
             click.option("--alias", multiple=True, metavar="NAME=SERVED", help="Serve model SERVED under NAME too."),
+            click.option(
+                "--capture",
+                multiple=True,
+                metavar="ROLE=TOKENS",
+                help="What to record of agent, user, supervisor or warmup: all, prompt, completion, last or none.",
+            ),
             click.option(
                 "--episode-idle-s", default=300.0, type=click.FloatRange(0), help="Seal an episode quiet for so long."
             ),
@@ -154,8 +162,18 @@ def settle(backend: str, options: dict[str, Any]) -> Config:
         if not (name and equals and served):
             raise BadInput(f"--alias {pair!r}: give NAME=SERVED, such as gpt-4o=Qwen/Qwen3-8B")
         aliases[name] = served
+    capture = dict(_captured(pair) for pair in options.pop("capture"))
     run = options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S")
-    return Config(backend=backend, aliases=aliases, run=run, **options)
+    return Config(backend=backend, aliases=aliases, capture=capture, run=run, **options)
+
+
+def _captured(pair: str) -> tuple[Role, Tokens | Literal["none"]]:
+    """A role and which of its tokens to record, out of one --capture."""
+    role, _, tokens = pair.partition("=")
+    if role not in get_args(Role) or tokens not in (*get_args(Tokens), "none"):
+        roles, kinds = ", ".join(get_args(Role)), ", ".join(get_args(Tokens))
+        raise BadInput(f"--capture {pair!r}: give ROLE=TOKENS; roles are {roles}, tokens {kinds} and none")
+    return cast(Role, role), cast(Tokens, tokens)
 
 
 async def _proxy(config: Config) -> None:

@@ -17,6 +17,7 @@ from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
 from episodes.store import Store
+from episodes.taubench import TauBench
 from episodes.wire import Capture
 from proxy.backend import Backend
 from proxy.config import Config
@@ -98,7 +99,7 @@ async def backfill(layout: Layout, config: Config) -> Filled:
         try:
             await asyncio.to_thread(store.describe, model)
             done = await Backfill(store, backend, asyncio.to_thread).fill(store.calls())
-            await asyncio.to_thread(store.finish)
+            await asyncio.to_thread(store.finish, TauBench())
         finally:
             store.close()
     return done

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from episodes.records import Role
+from episodes.wire import Tokens
+
 
 @dataclass(frozen=True)
 class Config:
@@ -15,6 +18,7 @@ class Config:
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     backfill: run again what an episode's calls lack, before it is sealed.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
+    capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
 
     backend: str
@@ -29,3 +33,4 @@ class Config:
     spool_dir: Path | None = None
     backfill: bool = False
     claim_timeout_s: float = 600.0
+    capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)

@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from episodes.cast import Cast, Group, Part
 from episodes.errors import CaptureLost, CorruptFile, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
 from episodes.store import Store
-from episodes.threads import Place, Threads
+from episodes.taubench import TauBench
+from episodes.threads import Place
 from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
@@ -41,7 +43,7 @@ class Recording:
 
     def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore, backfill: bool = False) -> None:
         """backfill: run again what calls of an episode lack before it is sealed."""
-        self.threads = Threads()
+        self._cast = Cast(TauBench())
         self._store = store
         self._backend = backend
         self._slots = slots
@@ -53,15 +55,16 @@ class Recording:
         self._described = False
         self._pending: Counter[str] = Counter()
         self._touched: dict[str, float] = {}
+        self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
         recording = cls(store, backend, slots, config.backfill)
-        for episode in store.history.episodes.values():
-            if episode.unsealed:
-                recording._touched[episode.id] = time.monotonic()
+        left = await asyncio.to_thread(store.history.unsealed)
+        recording._cast.replay(left)
+        recording._touched = dict.fromkeys((call.thread for call in left), time.monotonic())
         return recording
 
     async def describe(self) -> None:
@@ -83,11 +86,21 @@ class Recording:
         """Whether so many calls wait to be committed that no more should be taken."""
         return len(self._tasks) >= PENDING_LIMIT
 
-    def place(self, call: str, messages: list[JSON] | None, episode: str | None) -> Place:
+    def part(self, messages: list[JSON] | None) -> Part:
+        """Who speaks in a call with these messages."""
+        return self._cast.dialect.part(messages or [])
+
+    def place(
+        self, call: str, messages: list[JSON] | None, part: Part, episode: str | None, retried: bool | None
+    ) -> Place:
         """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
-        place = self.threads.place(call, messages, episode)
-        self._pending[place.episode] += 1
+        place = self._cast.place(call, messages, part, episode, retried)
+        self._pending[place.thread] += 1
         return place
+
+    def replied(self, place: Place, replies: list[JSON]) -> None:
+        """The call at `place` is over, for its conversation to go on; no replies if it failed."""
+        self._cast.replied(place, replies)
 
     def record(self, call: Call, claim: bool, foreign: JSON) -> None:
         """Take a finished call, whatever became of it. claim: the worker may have activations of it."""
@@ -106,8 +119,8 @@ class Recording:
             logger.exception("call %s could not be recorded", call.id)
             self._lost(call, str(error))
         finally:
-            self._pending[call.episode] -= 1
-            self._touched[call.episode] = time.monotonic()
+            self._pending[call.thread] -= 1
+            self._touched[call.thread] = time.monotonic()
 
     async def _claim(self, call: Call) -> Call:
         async with self._slots:
@@ -136,20 +149,26 @@ class Recording:
             draft.unlink(missing_ok=True)
 
     async def seal(self, idle_s: float) -> None:
-        """Seal every episode with no call under way and none for `idle_s`. One that fails is tried again later."""
-        if self._backfill is not None:
-            for episode in self._quiet(idle_s):
-                await self._fill(self._backfill, episode)
-        for episode in self._quiet(idle_s):
-            if self._pending[episode]:  # since the one before it was sealed
+        """Note which threads make up which episode, and seal those where none has a call under way or had one for
+        `idle_s`. One that fails is tried again later.
+        """
+        since = time.monotonic() - idle_s
+        for group in self._cast.groups():
+            try:
+                await self._on_disk(self._store.pair, group, self._cast.dialect.name)
+            except Exception:
+                logger.exception("the threads of episode %s could not be noted", group.episode)
                 continue
-            del self._touched[episode], self._pending[episode]
-            self.threads.close(episode)
+            if self._backfill is not None and self._quiet(group, since):
+                await self._fill(self._backfill, group.episode)
+            if self._quiet(group, since):
+                self._close(group)
+        for episode in sorted(self._ending & self._store.history.episodes.keys()):
             try:
                 await self._on_disk(self._store.seal, episode)
+                self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
-                self._touched[episode] = time.monotonic()
 
     async def _fill(self, backfill: Backfill, episode: str) -> None:
         try:
@@ -157,9 +176,20 @@ class Recording:
         except Exception:
             logger.exception("episode %s could not be filled", episode)
 
-    def _quiet(self, idle_s: float) -> list[str]:
-        now = time.monotonic()
-        return [e for e, at in self._touched.items() if not self._pending[e] and now - at >= idle_s]
+    def _quiet(self, group: Group, since: float) -> bool:
+        """Whether nobody in the group says anything; who could stand in it as well may yet tell them apart."""
+        return all(
+            not self._pending[thread] and self._touched.get(thread, since) <= since
+            for thread in (*group.threads, *group.tied)
+        )
+
+    def _close(self, group: Group) -> None:
+        """Let nothing continue an episode's threads any more: it is to be sealed."""
+        self._cast.close(group.threads)
+        self._ending.add(group.episode)
+        for thread in group.threads:
+            self._touched.pop(thread, None)
+            del self._pending[thread]
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""

@@ -25,8 +25,7 @@ from episodes import messages
 from episodes.errors import BadInput, BadRun
 from episodes.layout import check_name
 from episodes.messages import JSON
-from episodes.points import Points
-from episodes.records import Call
+from episodes.records import Call, Role
 from episodes.threads import Place
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
 from proxy.backend import Backend
@@ -49,9 +48,9 @@ class Exchange:
     id: str
     endpoint: str
     place: Place
-    explicit: bool
+    role: Role
+    named: bool
     fields: JSON | None
-    messages: list[JSON] | None
     body: bytes
     capture: Capture | None
     started: float = field(default_factory=time.time)
@@ -69,6 +68,9 @@ class Exchange:
             episode=self.place.episode,
             turn=self.place.turn,
             attempt=self.place.attempt,
+            kind=self.place.kind,
+            role=self.role,
+            named=self.named,
             endpoint=self.endpoint,
             model=str((self.reply or {}).get("model") or (self.fields or {}).get("model") or ""),
             started=self.started,
@@ -171,14 +173,15 @@ class Proxy:
         call = f"c-{uuid.uuid4().hex[:16]}"
         headers = self._headers(request) | {"X-Request-Id": call}
         sent, capture = body, None
+        said = messages.chat(fields)
+        part = recording.part(said)
         if fields is not None:
-            capture = self._capture(call, recording.salt, fields)
+            capture = self._capture(call, recording.salt, fields, part.role)
             sent = self._translated(fields, body)
         if capture is not None:
             headers[CAPTURE_HEADER] = capture.header()
-        said = messages.chat(fields)
-        place = recording.place(call, said, episode)
-        asked = Exchange(call, path, place, episode is not None, fields, said, body, capture)
+        place = recording.place(call, said, part, episode, _retried(request))
+        asked = Exchange(call, path, place, part.role, episode is not None, fields, body, capture)
         try:
             return await self._exchange(request, path, sent, headers, asked, recording)
         except asyncio.CancelledError:
@@ -192,16 +195,18 @@ class Proxy:
             self._replied(asked, recording)
             recording.record(asked.call(), capture is not None and asked.status in (0, 200), asked.foreign)
 
-    def _capture(self, call: str, salt: str, fields: JSON) -> Capture | None:
-        """What to capture of a call: what it asks for itself, else the worker's default; nothing from a backend that is
-        not ours, which is left to read the asking itself.
+    def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:
+        """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
+        default; nothing from a backend that is not ours, which is left to read the asking itself.
         """
         model, asked = self._backend.model, fields.get("collect_activations")
-        if model is None or asked is False:
+        wanted = self._config.capture.get(role, model.tokens if model else "none")
+        if model is None or asked is False or (asked is None and wanted == "none"):
             return None
         collect = Collect.parse(True if asked is None else asked)
-        points = collect.points(model.points, Points(model.n_layers, model.custom))
-        return Capture(call, salt, tuple(points), collect.tokens or model.tokens)
+        points = collect.points(model.points, model.offered)
+        tokens = collect.tokens or (model.tokens if wanted == "none" else wanted)
+        return Capture(call, salt, tuple(points), tokens)
 
     def _translated(self, fields: JSON, body: bytes) -> bytes:
         """The body as the worker should see it: the client's own bytes unless something in them is for us."""
@@ -274,7 +279,7 @@ class Proxy:
         asked.told = True
         good = asked.status == 200 and asked.error is None and asked.reply is not None
         replies = messages.reply_messages(asked.reply) if good and asked.reply is not None else []
-        recording.threads.replied(asked.place, asked.messages, replies, asked.explicit)
+        recording.replied(asked.place, replies)
 
     def _headers(self, request: web.Request) -> dict[str, str]:
         """What the worker gets to see of a client's headers: no credentials, no cookies."""
@@ -288,6 +293,12 @@ class Proxy:
 def _reply_headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
     passed = {name: value for name, value in upstream.headers.items() if REPLY_HEADERS.fullmatch(name)}
     return passed | OUR_REPLY_HEADERS
+
+
+def _retried(request: web.Request) -> bool | None:
+    """Whether the OpenAI SDK says that it sends a request again; None if it says nothing, as other clients do."""
+    count = request.headers.get("x-stainless-retry-count")
+    return None if count is None else count != "0"
 
 
 def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -83,6 +84,10 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     offered = Points(n_layers, dict(map(parse_custom, ours.point)))
     layers = default_layers(n_layers) if ours.layers is None else offered.parse_layers(ours.layers)
     points = offered.name(layers, [*ours.hook_points.split(","), *offered.custom])
+    if ours.capture_source == "aux":
+        _check_aux(points)
+    if ours.edit:
+        _check_edit(ours.edit, ours.capture_source, vllm_args)
     # A directory of our own in the one that was given: whatever lies in it when a worker starts is cleared.
     home = Path(ours.spool_dir) if ours.spool_dir else _spool_home()
     spool = home / f"tautap-spool-{_value(vllm_args, '--port')}"
@@ -93,12 +98,16 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         "points": points,
         "custom": offered.custom,
         "tokens": ours.tokens,
+        "source": ours.capture_source,
+        "edit": ours.edit,
     }
     additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {"tautap": recorder}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
     module = "vllm.entrypoints.openai.api_server"
     own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
-    own += ["--additional-config", json.dumps(additional), "--enforce-eager"]
+    own += ["--additional-config", json.dumps(additional)]
+    if ours.capture_source == "nnsight":
+        own.append("--enforce-eager")
     return [sys.executable, "-m", module, *vllm_args, *own], env, spool
 
 
@@ -124,10 +133,43 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens", default="all", choices=["all", "prompt", "completion", "last"],
         help="whose rows; last is the last prompt token; prompt does without the prefix cache (%(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--capture-source", default="nnsight", choices=["nnsight", "aux"],
+        help="aux: vLLM's auxiliary hidden states; the model is compiled, only output can be had (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--edit", type=_located, default="", metavar="FILE:FUNCTION",
+        help="run this nnsight block on every captured request: steering, ablation, a probe",
+    )  # fmt: skip
     parser.add_argument("--spool-dir", metavar="DIR", help="where rows wait to be claimed (default: in /dev/shm)")
     parser.add_argument("--spool-bytes", type=_bytes, default=4 << 30, metavar="N", help="bound of the spool (4G)")
     parser.add_argument("--buffer-bytes", type=_bytes, default=1 << 30, metavar="N", help="rows in memory (1G)")
     return parser
+
+
+def _located(text: str) -> str:
+    """The file's path made absolute: the engine may run elsewhere."""
+    path, colon, function = text.rpartition(":")
+    return f"{Path(path).absolute()}{colon}{function}" if path else text
+
+
+def _check_aux(points: list[str]) -> None:
+    from episodes.errors import BadInput
+
+    other = [point for point in points if not re.fullmatch(r"layers\.\d+\.output", point)]
+    if other:
+        raise BadInput(f"--capture-source aux records layers.<n>.output only, not {', '.join(other)}")
+
+
+def _check_edit(edit: str, source: str, vllm_args: list[str]) -> None:
+    from episodes.errors import BadInput
+    from worker.orders import load_edit
+
+    if source == "aux":
+        raise BadInput("--edit needs --capture-source nnsight: no Python runs inside a compiled model")
+    if {_value(vllm_args, flag) for flag in ("--tensor-parallel-size", "-tp")} - {None, "1"}:
+        raise BadInput("--edit: only one rank knows which rows are captured: leave --tensor-parallel-size out")
+    load_edit(edit)
 
 
 def _bytes(text: str) -> int:

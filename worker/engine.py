@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -11,8 +12,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from episodes.errors import BadInput
 from episodes.wire import DTYPE_CODES
+from worker.auxiliary import Auxiliary
+from worker.edit import Edit, Rows
 from worker.orders import XARG, Config
-from worker.recorder import CudaLane, Lane, Recorder
+from worker.recorder import CudaLane, Lane, Recorder, Source
 from worker.tap import Tap
 
 if TYPE_CHECKING:
@@ -28,35 +31,52 @@ class RecordingRunner(GPUModelRunner):
     """
 
     recorder: Recorder | None = None
+    edit: Edit | None = None
     _scheduled: dict[str, int] | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
         if get_pp_group().world_size > 1:
             raise BadInput("tautap does not record under pipeline parallelism: use --tensor-parallel-size")
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
+        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
+        self.use_aux_hidden_state_outputs = config.source == "aux"
+        super().load_model(*args, **kwargs)
+        model, model_config = self.get_model(), self.model_config
+        if self.use_aux_hidden_state_outputs:
+            self.source: Source = Auxiliary(model, config.points)
+        else:
+            self.source = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
+            self.edit = Edit(config.edit, tap, model) if config.edit else None
         if get_tensor_model_parallel_rank() != 0:
             return  # the residual stream is the same on every rank: the first one records
-        model_config = self.model_config
-        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
-        self.tap = Tap(self.get_model(), model_config.get_total_num_hidden_layers(), config.custom)
         self.recorder = Recorder(
             config,
-            self.tap,
+            self.source,
             model_config.dtype,
             DTYPE_CODES[str(model_config.dtype).removeprefix("torch.")],
             model_config.get_hidden_size(),
             CudaLane() if current_platform.is_cuda() else Lane(),
         )
 
+    def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
+        """vLLM's choice of auxiliary layers, which is a drafter's, is not wanted: `Auxiliary` makes its own."""
+
     def probe(self) -> None:
-        """Refuse the model, by name, if its points are not what their names say. Every rank takes part in the pass."""
-        if self.recorder is None:
-            self._dummy_run(1)
-            return
-        points, model = self.recorder.config.points, self.model_config
-        self.tap.probe(points, lambda: self._dummy_run(1), 1, model.get_hidden_size(), model.dtype)
+        """Refuse the model, by name, if its points are not what their names say, or the user's edit fails on a row.
+        Every rank takes part in the passes.
+        """
+
+        def forward() -> Any:
+            return self._dummy_run(1)
+
+        if self.recorder is None or not isinstance(self.source, Tap):
+            forward()
+        else:
+            hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+            self.source.probe(self.recorder.config.points, forward, 1, hidden, dtype)
+        if self.edit is not None:
+            self.source.run((), nowhere, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
@@ -74,17 +94,19 @@ class RecordingRunner(GPUModelRunner):
             self._scheduled = None  # a dummy run that comes by `_model_forward` belongs to nobody
 
     def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        forward = partial(super()._model_forward, input_ids, *args, **kwargs)
         recorder = self.recorder
         if recorder is None or self._scheduled is None or input_ids is None:
-            return super()._model_forward(input_ids, *args, **kwargs)
-        step = recorder.plan(self._batch(self._scheduled), input_ids.device)
+            return forward()
+        batch = self._batch(self._scheduled)
+        step = recorder.plan(batch, input_ids.device)
+        if self.edit is not None and (rows := recorder.rows(batch)):
+            forward = partial(self.edit.run, rows, input_ids.shape[0], recorder.fail, forward)
+        elif step is None:
+            return forward()
         if step is None:
-            return super()._model_forward(input_ids, *args, **kwargs)
-        self.tap.open(step.points, step.receive)
-        try:
-            output = super()._model_forward(input_ids, *args, **kwargs)
-        finally:
-            self.tap.close()
+            return self.source.run((), nowhere, forward)
+        output = self.source.run(step.points, step.receive, forward)
         recorder.hand_over(step, input_ids)
         return output
 
@@ -92,6 +114,14 @@ class RecordingRunner(GPUModelRunner):
         """(request, first position, rows) in the order of the rows: the batch's, not the scheduler's."""
         computed = self.input_batch.num_computed_tokens_cpu
         return [(r, int(computed[i]), scheduled[r]) for i, r in enumerate(self.input_batch.req_ids)]
+
+
+def nowhere(i: int, read: object) -> None:
+    """The receiver of a pass without points."""
+
+
+def refuse(request: str, reason: str) -> None:
+    raise BadInput(f"--edit {reason}")
 
 
 def recording(runner: Any) -> None:

@@ -31,6 +31,7 @@ POLL_S = 0.005
 class Growing:
     """A sequence as the client's choice sees it."""
 
+    adapter: str
     prompt_token_ids: list[int] = field(default_factory=list)
     completion_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
@@ -38,7 +39,7 @@ class Growing:
 
     def sequence(self, choice: int) -> wire.Sequence:
         return wire.Sequence(
-            choice, self.prompt_token_ids, self.completion_token_ids, self.finish_reason, self.n_cached
+            choice, self.prompt_token_ids, self.completion_token_ids, self.finish_reason, self.n_cached, self.adapter
         )
 
 
@@ -53,10 +54,10 @@ class Call:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
 
-    def order(self, n: int) -> Order:
-        """Take in a request of n sequences and say what the engine must be told of it."""
+    def order(self, n: int, adapter: str = "") -> Order:
+        """Take in a request of n sequences, and say what the engine must be told. adapter: as in `wire.Sequence`."""
         first = len(self.sequences)
-        self.sequences += [Growing() for _ in range(n)]
+        self.sequences += [Growing(adapter) for _ in range(n)]
         return Order(self.id, self.points, first, self.tokens)
 
     @property
@@ -197,7 +198,8 @@ class Ledger:
             call = self._calls.get(str(extra_args.pop(XARG, "")))
             if call is None:
                 return generate(prompt, sampling_params, *args, **kwargs)
-            order = call.order(sampling_params.n)
+            lora = kwargs.get("lora_request")
+            order = call.order(sampling_params.n, f"{lora.lora_name}@{lora.lora_path}" if lora else "")
             sampling_params.extra_args = extra_args | {XARG: msgspec.to_builtins(order)}
             outputs = generate(prompt, sampling_params, *args, **kwargs)
             return self._noting(call, order.first_choice, sampling_params.output_kind.name == "DELTA", outputs)

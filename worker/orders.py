@@ -6,8 +6,15 @@ can bear and the API server's libraries (anyio) cannot.
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
 import msgspec
 
+from episodes.errors import BadInput
 from episodes.wire import Tokens
 
 XARG = "tautap"
@@ -16,7 +23,8 @@ XARG = "tautap"
 class Config(msgspec.Struct, frozen=True):
     """The recorder's share of vLLM's `additional_config`, under the key `tautap`.
 
-    points, tokens: what is recorded of a call that names none. custom: as in `episodes.points.Points`.
+    points, tokens: what is recorded of a call that names none. custom: as in `episodes.points.Points`. source: where
+    values come from, `nnsight`'s observers or vLLM's own `aux`iliary hidden states. edit: `file.py:function`, or none.
     """
 
     spool_dir: str
@@ -25,6 +33,8 @@ class Config(msgspec.Struct, frozen=True):
     points: list[str]
     custom: dict[str, str] = {}
     tokens: Tokens = "all"
+    source: Literal["nnsight", "aux"] = "nnsight"
+    edit: str = ""
 
 
 class Order(msgspec.Struct, frozen=True):
@@ -37,3 +47,28 @@ class Order(msgspec.Struct, frozen=True):
     points: list[str]
     first_choice: int
     tokens: Tokens = "all"
+
+
+def load_edit(location: str) -> Callable[..., object]:
+    """The function at `file.py:function`; BadInput, saying what there is, if there is none."""
+    name, _, function = location.rpartition(":")
+    path = Path(name)
+    if not name or not path.is_file():
+        raise BadInput(f"--edit {location!r}: give file.py:function; there is no file {name!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"--edit {location!r}: {path.name} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"--edit {location!r}: {path.name} does not import: {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not inspect.isfunction(found):
+        has = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__]
+        raise BadInput(
+            f"--edit {location!r}: {path.name} has no function {function!r}, only {', '.join(has) or 'none'}"
+        )
+    if len(inspect.signature(found).parameters) not in (1, 2):
+        raise BadInput(f"--edit {location!r}: {function} must take (model) or (model, rows)")
+    return found

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -24,14 +24,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from episodes.wire import bounds
+from worker.edit import Rows
 from worker.metrics import Metrics
 from worker.orders import XARG, Config, Order
 from worker.spool import SpoolFile, refuse, used_bytes
-from worker.tap import Stream, Tap
+from worker.tap import Receive, Stream
 
 logger = logging.getLogger("tautap.recorder")
 
 CHILD = re.compile(r"(\d+)_")
+
+# (request, first position, rows) in the order of the batch's rows.
+Batch = list[tuple[str, int, int]]
+
+
+class Source(Protocol):
+    """Where the values at the points of a model come from."""
+
+    def watch(self, point: str) -> None:
+        """UnknownPoint if there is no such point."""
+
+    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; `receive(i, read)` is called with a way to read the i-th point."""
 
 
 class Captured(NamedTuple):
@@ -164,10 +178,12 @@ class Writer:
 class Recorder:
     """One engine's recorder. Everything but the writer's jobs runs on the step thread."""
 
-    def __init__(self, config: Config, tap: Tap, dtype: torch.dtype, dtype_code: str, hidden: int, lane: Lane) -> None:
+    def __init__(
+        self, config: Config, source: Source, dtype: torch.dtype, dtype_code: str, hidden: int, lane: Lane
+    ) -> None:
         """dtype: the engine's; dtype_code: safetensors' name of it. lane: how rows leave the device."""
         self.config = config
-        self._tap = tap
+        self._source = source
         self._dtype, self._dtype_code, self._hidden = dtype, dtype_code, hidden
         self._lane = lane
         self._spool = Path(config.spool_dir)
@@ -176,7 +192,7 @@ class Recorder:
         self._captured: dict[str, Captured] = {}
         self._files: dict[str, SpoolFile] = {}  # the writer's own
         for point in config.points:
-            tap.watch(point)
+            source.watch(point)
 
     # ---- the step thread
 
@@ -193,7 +209,7 @@ class Recorder:
         captured = Captured(order.call, choice, tuple(order.points), prompt, *bounds(order.tokens, len(prompt)))
         try:
             for point in captured.points:
-                self._tap.watch(point)
+                self._source.watch(point)
         except Exception as error:
             reason = str(error)
             self._writer.put(0, lambda: self._refuse(f"{order.call}.{choice}", reason))
@@ -207,11 +223,22 @@ class Recorder:
             if self._captured.pop(request, None) is not None:
                 self._writer.put(0, partial(self._finish, request))
 
-    def plan(self, batch: Iterable[tuple[str, int, int]], device: torch.device) -> Step | None:
-        """The step that will record this batch, or None if nothing in it is captured.
+    def rows(self, batch: Batch) -> list[Rows]:
+        """The captured requests' rows of a batch, all of them, whether they are to be recorded or not."""
+        found, at = [], 0
+        for request, start, n_rows in batch:
+            captured = self._captured.get(request)
+            if captured is not None:
+                found.append(Rows(request, at, start, n_rows, len(captured.prompt)))
+            at += n_rows
+        return found
 
-        batch: (request, first position, rows) in the order of the batch's rows
-        """
+    def fail(self, request: str, reason: str) -> None:
+        """End the capture of a request; the engine goes on."""
+        self._writer.put(0, partial(self._fail, request, reason))
+
+    def plan(self, batch: Batch, device: torch.device) -> Step | None:
+        """The step that will record this batch, or None if nothing in it is captured."""
         spans: list[Span] = []
         stretches: list[tuple[int, int, int]] = []
         points: dict[str, None] = {}
@@ -249,9 +276,8 @@ class Recorder:
         self._writer.put(step.slab.nbytes, lambda: self._write(step, arrive))
 
     def _drop(self, spans: list[Span], reason: str) -> None:
-        """End the captures of these spans; the engine goes on."""
         for span in spans:
-            self._writer.put(0, partial(self._fail, span.request, reason))
+            self.fail(span.request, reason)
 
     # ---- the writer thread
 

@@ -196,17 +196,19 @@ class About:
         model = vllm_config.model_config
         self.config = msgspec.convert(vllm_config.additional_config[XARG], Config)
         self.model = str(model.served_model_name)
-        self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom)
+        only = self.config.points if self.config.source == "aux" else None
+        self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom, only)
         self.hidden_size = int(model.get_hidden_size())
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_tokens = int(model.max_model_len)
+        self.edit = _named(self.config.edit)
 
     def capabilities(self) -> dict[str, Any]:
         return {
             "activation_collection": True,
             "activation_patching": False,
             "supported_models": [self.model],
-            "supported_layers": list(range(self.offered.n_layers)),
+            "supported_layers": self.offered.layers,
             "supported_hook_points": self.offered.hooks,
             "max_tokens": self.max_tokens,
             "version": _version("tautap"),
@@ -217,6 +219,8 @@ class About:
             "points": self.config.points,
             "custom": self.config.custom,
             "tokens": self.config.tokens,
+            "source": self.config.source,
+            "edit": self.edit,
             "limits": {
                 "spool_bytes": self.config.spool_bytes,
                 "buffer_bytes": self.config.buffer_bytes,
@@ -358,6 +362,12 @@ def _salt(*parts: str) -> str:
 def _error(message: str, code: int) -> dict[str, Any]:
     kind = {400: "BadRequestError", 404: "NotFoundError", 410: "GoneError"}[code]
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def _named(edit: str) -> str:
+    """An edit's file and function, and the start of the file's sha256: what rows were computed under."""
+    path, _, function = edit.rpartition(":")
+    return f"{Path(path).name}:{function} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}" if path else ""
 
 
 def _version(distribution: str) -> str | None:

@@ -49,6 +49,7 @@ class Stream(NamedTuple):
 
 
 Read = Callable[[Any], Stream]
+Receive = Callable[[int, Callable[[], Stream]], None]
 
 
 class Location:
@@ -59,7 +60,7 @@ class Location:
 
 
 class Watch(NamedTuple):
-    """Where a point is found: a module, nnsight's location, and the way from the value there to a Stream."""
+    """Where a point is found: a module, the side of it, and the way from the value there to a Stream."""
 
     module: nn.Module
     path: str
@@ -68,7 +69,12 @@ class Watch(NamedTuple):
 
     @property
     def location(self) -> str:
-        return f"{self.path}.{self.side}"
+        """The module's, as nnsight names it: its root is `model`, whatever vLLM's own tree begins with."""
+        return f"model.{self.path}"
+
+    @property
+    def provider(self) -> str:
+        return f"{self.location}.{self.side}"
 
 
 def _flat(value: Tensor) -> Tensor:
@@ -118,9 +124,9 @@ def find_blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
 
 
 class Tap(Interleaver):
-    """An nnsight interleaver that serves no intervention blocks: it hands each watched value to one function.
+    """An nnsight interleaver that hands each watched value to one function, once for the whole batch.
 
-    watch: puts an observer on a point. open: lets values through for one forward pass.
+    watch: puts an observer on a point. run: lets values through for one forward pass.
     """
 
     def __init__(self, model: nn.Module, n_layers: int, custom: Mapping[str, str] | None = None) -> None:
@@ -140,7 +146,7 @@ class Tap(Interleaver):
         """Instrument the module behind a point; UnknownPoint, naming what there is, if it is not there."""
         if point not in self._watched:
             self._watched[point] = watch = self._find(point)
-            self.instrument(Location(watch.module, watch.path, self))
+            self.instrument(Location(watch.module, watch.location, self))
 
     def _find(self, point: str) -> Watch:
         layer, hook = split(point)
@@ -191,22 +197,28 @@ class Tap(Interleaver):
             return f"{path or self.family} has {', '.join(name for name, _ in module.named_children())}"
         return ""
 
-    def open(self, points: Iterable[str], receive: Callable[[int, Callable[[], Stream]], None]) -> None:
-        """Until `close`, call `receive(i, read)` as the forward pass reaches the i-th point.
+    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; `receive(i, read)` is called as the pass reaches the i-th point.
 
         `read()` gives the value there, or raises what an odd one makes it raise.
         """
         for i, point in enumerate(points):
             watch = self._watched[point]
-            self._receive.setdefault(watch.location, []).append(_route(i, watch.read, receive))
+            self._receive.setdefault(watch.provider, []).append(_route(i, watch.read, receive))
         self.interleaving = self.busy = True
-
-    def close(self) -> None:
-        self.interleaving = self.busy = False
-        self._receive.clear()
+        try:
+            return forward()
+        finally:
+            self.interleaving = self.busy = False
+            self._receive.clear()
 
     def handle(self, provider: str, value: Any) -> Any:
-        """nnsight's hand-over: every location of an instrumented module comes by here, once, whole batch."""
+        """nnsight's hand-over: every location of an instrumented module comes by here, once, whole batch.
+
+        What blocks there are (`worker.edit`) have their turn first, so that the observers see what they leave.
+        """
+        if self.mediators:
+            value = super().handle(provider, value)
         for receive in self._receive.get(provider, ()):
             receive(value)
         return value
@@ -275,5 +287,5 @@ def _hook(watch: Watch, receive: Callable[[Stream], None]) -> RemovableHandle:
     )
 
 
-def _route(i: int, read: Read, receive: Callable[[int, Callable[[], Stream]], None]) -> Callable[[Any], None]:
+def _route(i: int, read: Read, receive: Receive) -> Callable[[Any], None]:
     return lambda value: receive(i, partial(read, value))

@@ -78,3 +78,18 @@ def test_keys_are_the_ones_that_clients_know():
     keys = [legacy_key(p) for p in ("layers.8.output", "layers.8.attn", "final.output")]
     assert keys == ["layer_8_output", "layer_8_attn", "final_output"]
     assert default_layers(2) == [0, 1]
+
+
+def test_a_compiled_model_offers_only_the_points_that_it_was_started_with():
+    settled = Points(6, None, ["layers.1.output", "layers.3.output"])
+    assert settled.hooks == ["output"] and settled.layers == [1, 3]
+    assert settled.name([3], ["output"]) == ["layers.3.output"]
+    with pytest.raises(UnknownPoint, match=r"'layers\.2\.output' is not one of those"):
+        settled.name([2], ["output"])
+    with pytest.raises(UnknownPoint, match=r"'layers\.1\.input' is not one of those"):
+        settled.check("layers.1.input")
+
+
+def test_more_points_than_anyone_can_want_are_refused_with_their_count():
+    with pytest.raises(UnknownPoint, match="800 points: at most 512"):
+        Points(400).name(range(400), ["input", "output"])

@@ -45,12 +45,15 @@ class Writer:
         self.store = Store(self.layout, **options)
         self.store.describe(MODEL)
 
-    def commit(self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1, tokens="all"):
+    def commit(
+        self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1, tokens="all",
+        adapter="",
+    ):  # fmt: skip
         """A call that computed the rows from `computed` on; its other rows came out of the cache."""
         asked = tokens
         sequences = []
         for choice in range(choices):
-            sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed)
+            sequence = Sequence(choice, prompt, [t + choice for t in completion], "stop", computed, adapter)
             tokens = sequence.tokens.tolist()
             file = SpoolFile(self.spool, name, choice, points, "BF16", MODEL.hidden_size, prompt)
             rows = [[vector(tokens, p, point) for point in points] for p in range(computed, len(tokens))]
@@ -136,6 +139,16 @@ def test_rows_of_another_spec_are_another_matter(tmp_path):
     with pytest.raises(UnknownPoint, match=r"layers\.0\.output.*recorded"):
         run.call("c1").activations("layers.0.output")
     assert list(problems(run)) == []
+
+
+def test_rows_of_another_adapter_are_another_matter(tmp_path):
+    """The same tokens through the base model, an adapter, and the adapter again: stored, stored, shared."""
+    writer = Writer(tmp_path)
+    for name, adapter in (("a", ""), ("b", "tuned@/adapter"), ("c", "tuned@/adapter")):
+        writer.commit(name, [1, 2, 3], [4, 5], adapter=adapter)
+    run = writer.close()
+    assert [run.call(name).record.n_kept for name in "abc"] == [4, 4, 0]
+    assert [span.owner.call for name in "abc" for span in run.call(name).spans()] == ["a", "b", "b"]
 
 
 def test_an_episode_that_goes_on_after_its_seal_is_sealed_again_whole(tmp_path):

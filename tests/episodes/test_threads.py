@@ -22,12 +22,12 @@ class Talk:
         self.n += 1
         place = self.threads.place(f"c{self.n}", messages, episode)
         if reply is not Ellipsis:
-            self.answer(place, messages, reply, episode)
+            self.answer(place, reply)
         return place
 
-    def answer(self, place, messages, reply, episode=None):
+    def answer(self, place, reply):
         replies = [said(r) for r in ([reply] if isinstance(reply, str) else reply or [])]
-        self.threads.replied(place, messages, replies, episode is not None)
+        self.threads.replied(place, replies)
 
 
 def test_a_call_continues_the_thread_whose_reply_it_echoes():
@@ -90,7 +90,7 @@ def test_a_tool_result_continues_the_call():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     asked = {"role": "assistant", "content": None, "tool_calls": [call]}
     place = talk.ask([user("a")], ...)
-    talk.threads.replied(place, [user("a")], [asked], False)
+    talk.threads.replied(place, [asked])
     tool = {"role": "tool", "tool_call_id": "1", "content": "4"}
     assert talk.ask([user("a"), {**asked, "content": ""}, tool]).thread == place.thread
 
@@ -112,6 +112,6 @@ def test_calls_without_messages_are_threads_of_their_own():
 def test_a_closed_episode_is_continued_by_nobody():
     talk = Talk()
     first = talk.ask([user("a")], "one")
-    talk.threads.close(first.episode)
+    talk.threads.close(first.thread)
     assert talk.ask([user("a"), said("one"), user("b")]).thread != first.thread
-    assert not talk.threads._waiting.get((None, b""))
+    assert len(talk.threads) == 1

@@ -1,6 +1,8 @@
 """Records a short generation of a model with our worker class inside vLLM, for `test_families.py`.
 
-    python -m tests.worker.record MODEL OUT.npz POINT,POINT [NAME=LOCATION]
+    python -m tests.worker.record MODEL OUT.npz '{"points": […], "custom": {…}, "source": …, "edit": …}' [ADAPTER]
+
+The rest of the recorder's configuration is as in `worker.orders.Config`; ADAPTER is the directory of a LoRA adapter.
 
 A program of its own: vLLM wants a process to itself, and changes transformers' classes in it.
 """
@@ -18,7 +20,6 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER"
 
 import numpy as np
 
-from episodes.points import parse_custom
 from episodes.wire import read_header, read_tensor
 from worker.orders import XARG
 from worker.spool import prepare, spooled
@@ -27,24 +28,30 @@ PROMPT = list(range(5, 45))
 N_GENERATED = 4
 
 
-def record(model: str, spool: Path, points: list[str], custom: dict[str, str]) -> dict[str, np.ndarray]:
-    """`tokens` and `rows` of a prompt, run in chunks of 32 tokens, and of what was generated."""
+def record(model: str, spool: Path, asked: dict[str, object], adapter: str | None) -> dict[str, np.ndarray]:
+    """`tokens` and `rows` of a prompt, run in chunks of 32 tokens, and of what was generated; `uncaptured`: what is
+    generated without a capture.
+    """
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     prepare(spool)
-    config = {"spool_dir": str(spool), "spool_bytes": 1 << 30, "buffer_bytes": 1 << 30, "points": points}
+    config = {"spool_dir": str(spool), "spool_bytes": 1 << 30, "buffer_bytes": 1 << 30}
     llm = LLM(
-        model, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, block_size=32, max_model_len=256,
-        max_num_batched_tokens=32, max_num_seqs=4, worker_cls="worker.engine.RecordingWorker",
-        additional_config={XARG: config | {"custom": custom}}, distributed_executor_backend="uni",
-        gpu_memory_utilization=0.1,
+        model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source") != "aux", block_size=32,
+        max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, worker_cls="worker.engine.RecordingWorker",
+        additional_config={XARG: config | asked}, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
+        enable_lora=adapter is not None,
     )  # fmt: skip
-    order = {"call": "c", "points": points, "first_choice": 0}
+    order = {"call": "c", "points": asked["points"], "first_choice": 0}
     sampling = {"max_tokens": N_GENERATED, "detokenize": False, "temperature": 0, "ignore_eos": True}
     captured = SamplingParams(**sampling, extra_args={XARG: order})
-    llm.generate([{"prompt_token_ids": PROMPT}], captured, use_tqdm=False)
+    lora = LoRARequest("tuned", 1, adapter) if adapter else None
+    # The worker's middleware gives captured calls a salt, which keeps their cache from others.
+    prompt = {"prompt_token_ids": PROMPT, "cache_salt": "captured"}
+    llm.generate([prompt], captured, use_tqdm=False, lora_request=lora)
     # What is finished arrives with the next step.
-    llm.generate([{"prompt_token_ids": [7]}], SamplingParams(**sampling), use_tqdm=False)
+    (other,) = llm.generate([{"prompt_token_ids": PROMPT}], SamplingParams(**sampling), use_tqdm=False)
     path = spooled(spool, "c", 0)
     deadline = time.monotonic() + 20
     while not path.exists() and time.monotonic() < deadline:
@@ -52,11 +59,11 @@ def record(model: str, spool: Path, points: list[str], custom: dict[str, str]) -
     tensors, _ = read_header(path)
     position, token_id, rows = (read_tensor(path, tensors[name]) for name in ("position", "token_id", "rows"))
     assert position.tolist() == list(range(len(position)))
-    return {"tokens": token_id, "rows": rows}
+    return {"tokens": token_id, "rows": rows, "uncaptured": np.array(other.outputs[0].token_ids)}
 
 
 if __name__ == "__main__":
-    model, out, points, *custom = sys.argv[1:]
+    model, out, asked, *adapter = sys.argv[1:]
     with tempfile.TemporaryDirectory() as scratch:
-        np.savez(out, **record(model, Path(scratch), points.split(","), dict(map(parse_custom, custom))))
+        np.savez(out, **record(model, Path(scratch), json.loads(asked), next(iter(adapter), None)))
     print(json.dumps({"model": model, "recorded": out}))

@@ -79,6 +79,45 @@ def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags):
     assert settled([model, "-pp", "1"], tmp_path)
 
 
+EDITS = """
+import os
+def steer(model): ...
+def told(model, rows): ...
+def odd(model, rows, more): ...
+"""
+
+
+def test_a_compiled_model_is_not_made_eager_and_an_edit_is_found_from_anywhere(model, tmp_path, monkeypatch):
+    command, additional = settled([model, "--capture-source", "aux"], tmp_path)
+    assert "--enforce-eager" not in command and additional["tautap"]["source"] == "aux"
+    (tmp_path / "edits.py").write_text(EDITS)
+    monkeypatch.chdir(tmp_path)
+    for function in ("steer", "told"):
+        _, additional = settled([model, "--edit", f"edits.py:{function}"], tmp_path)
+        assert additional["tautap"]["edit"] == f"{tmp_path}/edits.py:{function}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--capture-source", "aux", "--hook-points", "output,attn"], "layers.<n>.output only, not layers.8.attn"),
+        (["--capture-source", "aux", "--edit", "{}/edits.py:steer"], "inside a compiled model"),
+        (["--edit", "{}/edits.py:steer", "-tp", "2"], "--tensor-parallel-size"),
+        (["--edit", "{}/edits.py:nobody"], "no function 'nobody', only steer, told, odd"),
+        (["--edit", "{}/edits.py:odd"], r"must take \(model\) or \(model, rows\)"),
+        (["--edit", "{}/none.py:steer"], "there is no file"),
+        (["--edit", "steer"], "give file.py:function"),
+        (["--edit", "{}/broken.py:steer"], "does not import: ZeroDivisionError"),
+        (["--edit", "{}/edits.txt:steer"], "not a Python file"),
+    ],
+)
+def test_a_source_or_an_edit_that_cannot_be_is_refused_with_the_reason(model, tmp_path, arguments, says):
+    for name, text in (("edits.py", EDITS), ("broken.py", "1 / 0"), ("edits.txt", EDITS)):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=says):
+        settled([model, *(argument.format(tmp_path) for argument in arguments)], tmp_path)
+
+
 def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
     """A second worker on the same port must not clear the first one's spool; other files stay."""
     spool = tmp_path / "tautap-spool-1"

@@ -1,12 +1,15 @@
 """Every hook point on every family that we name, against transformers in float32."""
 
+import json
 import os
 import subprocess
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from tests.test_readme import BLOCKS as README_BLOCKS
 from tests.worker.record import N_GENERATED, PROMPT
 
 pytestmark = pytest.mark.engine
@@ -29,6 +32,7 @@ FAMILIES = {
     "qwen3_moe": ("Qwen3MoeConfig", DENSE | {"head_dim": 32} | EXPERTS),
 }
 INSIDE = [f"layers.{n}.{hook}" for n in (0, 2) for hook in ("input", "attn", "mlp", "output")]
+OUTPUTS = [f"layers.{n}.output" for n in (0, 1, 2)]
 POINTS = ["embed.output", *INSIDE, "final.output"]
 
 
@@ -77,16 +81,36 @@ def reference(model, tokens):
     return found | {"embed.output": found["layers.0.input"]}
 
 
-def record(home, points, *custom):
-    """(tokens, rows) as our worker recorded them in vLLM, or what it said when it refused."""
+class Recorded(NamedTuple):
+    """Of a captured request the tokens and the rows; of the same one without a capture what it generated."""
+
+    tokens: list[int]
+    rows: np.ndarray
+    uncaptured: list[int]
+
+
+def record(home, points, adapter=None, **asked):
+    """What our worker recorded in vLLM, or what it said when it refused."""
     out = home / "recorded.npz"
     env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
-    command = [sys.executable, "-m", "tests.worker.record", str(home), str(out), ",".join(points), *custom]
+    command = [sys.executable, "-m", "tests.worker.record", str(home), str(out), json.dumps(asked | {"points": points})]
+    command += [str(adapter)] if adapter else []
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     if done.returncode:
         return done.stderr
     with np.load(out) as found:
-        return found["tokens"].tolist(), found["rows"]
+        return Recorded(found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist())
+
+
+def check(recorded, model, points):
+    """Every row is what the model computes for the tokens that were recorded."""
+    assert not isinstance(recorded, str), recorded[-3000:]
+    tokens, rows, _ = recorded
+    assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + N_GENERATED - 1
+    expected = reference(model, tokens)
+    for i, point in enumerate(points):
+        error = np.linalg.norm(rows[:, i] - expected[point], axis=1) / np.linalg.norm(expected[point], axis=1)
+        assert error.max() <= 1e-4, f"{point}: {error.max()}"
 
 
 @pytest.fixture(autouse=True)
@@ -100,20 +124,14 @@ def test_every_point_holds_what_its_name_says(family, tmp_path):
     """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4."""
     model = make(family, tmp_path)
     recorded = record(tmp_path, POINTS)
-    assert not isinstance(recorded, str), recorded[-3000:]
-    tokens, rows = recorded
-    assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + N_GENERATED - 1
-    expected = reference(model, tokens)
-    for i, point in enumerate(POINTS):
-        error = np.linalg.norm(rows[:, i] - expected[point], axis=1) / np.linalg.norm(expected[point], axis=1)
-        assert error.max() <= 1e-4, f"{point}: {error.max()}"
+    check(recorded, model, POINTS)
 
 
 def test_a_module_of_ones_own_is_a_point(tmp_path):
     """The output projection's output is what the attention block adds."""
     make("llama", tmp_path)
     points = ["layers.1.attn", "layers.1.mine"]
-    _, rows = record(tmp_path, points, "mine=model.layers.*.self_attn.o_proj.output")
+    _, rows, _ = record(tmp_path, points, custom={"mine": "model.layers.*.self_attn.o_proj.output"})
     assert np.array_equal(rows[:, 0], rows[:, 1]) and rows.any()
 
 
@@ -126,5 +144,99 @@ def test_a_module_of_ones_own_is_a_point(tmp_path):
 )
 def test_a_location_that_does_not_fit_is_refused_at_start_by_name(tmp_path, location, says):
     make("llama", tmp_path)
-    refused = record(tmp_path, ["layers.0.mine"], f"mine={location}")
+    refused = record(tmp_path, ["layers.0.mine"], custom={"mine": location})
     assert isinstance(refused, str) and "UnknownPoint" in refused and says in refused
+
+
+@pytest.fixture(scope="module")
+def observed(engines, tmp_path_factory):
+    """What the observers record of every layer's output of the tiny Llama."""
+    engines.stop()
+    home = tmp_path_factory.mktemp("observed")
+    make("llama", home)
+    return record(home, OUTPUTS)
+
+
+def test_a_compiled_model_gives_the_same_rows_by_its_auxiliary_hidden_states(tmp_path, observed):
+    """In vLLM's compiled graph, first, middle and last layer, against transformers and against the observers."""
+    model = make("llama", tmp_path)
+    compiled = record(tmp_path, OUTPUTS, source="aux")
+    check(compiled, model, OUTPUTS)
+    assert compiled.tokens == observed.tokens
+    error = np.linalg.norm(compiled.rows - observed.rows, axis=2) / np.linalg.norm(observed.rows, axis=2)
+    assert error.max() <= 1e-4
+
+
+def test_a_model_without_auxiliary_hidden_states_is_refused_at_start_by_name(tmp_path):
+    make("gpt2", tmp_path)
+    refused = record(tmp_path, ["layers.0.output"], source="aux")
+    assert isinstance(refused, str) and "GPT2LMHeadModel has no auxiliary hidden states" in refused
+
+
+STEER = f"""
+{README_BLOCKS[2].replace("layers[12]", "layers[1]")}
+
+def told(model, rows):
+    steer(model)
+    assert model.model.layers[2].output[0].shape[0] == rows.n_rows and rows.n_prompt in (40, 1)  # 1: the trial at start
+
+def replace(model):
+    hidden, residual = model.model.layers[1].output
+    model.model.layers[1].output = (torch.zeros_like(hidden), torch.ones_like(residual))
+
+def late(model):
+    model.model.layers[1].output
+    model.model.layers[0].output
+"""
+
+
+def test_the_capture_sees_what_an_edit_leaves(tmp_path, observed):
+    """Steering by a vector, in chunks and decode steps: rows and reply are those of a model with the vector added.
+
+    A request that is not captured is not steered, nor finds what a steered one left in the cache.
+    """
+    import torch
+
+    model = make("llama", tmp_path)
+    (tmp_path / "steer.py").write_text(STEER)
+    vector = torch.linspace(-3, 3, 64)
+    model.model.layers[1].register_forward_hook(lambda m, args, value: value + vector)
+    steered = record(tmp_path, OUTPUTS, edit=f"{tmp_path}/steer.py:told")
+    check(steered, model, OUTPUTS)
+    assert steered.tokens != observed.tokens
+    assert steered.uncaptured == observed.uncaptured
+
+
+def test_an_edit_can_replace_a_value(tmp_path):
+    make("llama", tmp_path)
+    (tmp_path / "steer.py").write_text(STEER)
+    rows = record(tmp_path, OUTPUTS[:2], edit=f"{tmp_path}/steer.py:replace").rows
+    assert np.all(rows[:, 1] == 1) and not np.any(rows[:, 0] == 1)
+
+
+def test_an_edit_that_fails_on_a_row_is_refused_at_start(tmp_path):
+    make("llama", tmp_path)
+    (tmp_path / "steer.py").write_text(STEER)
+    refused = record(tmp_path, ["layers.0.output"], edit=f"{tmp_path}/steer.py:late")
+    assert isinstance(refused, str) and "steer.py:late" in refused and "model.model.layers.0.output" in refused
+
+
+def test_a_lora_adapters_rows_are_those_of_the_merged_weights(tmp_path, observed):
+    import torch
+    from safetensors.torch import save_file
+
+    model = make("llama", tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["o_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for n, block in enumerate(model.model.layers):
+        down, up = torch.randn(8, 64), torch.randn(64, 8)
+        name = f"base_model.model.model.layers.{n}.self_attn.o_proj"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        block.self_attn.o_proj.weight.data += 16 / 8 * up @ down
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    tuned = record(tmp_path, POINTS, adapter)
+    check(tuned, model, POINTS)
+    assert tuned.tokens != observed.tokens and tuned.uncaptured == observed.uncaptured

@@ -70,9 +70,7 @@ class Rig:
             step = self.recorder.plan([(r, start, len(tokens)) for r, start, tokens in batch], ids.device)
             if step is None:
                 return self.model(ids)
-            self.tap.open(step.points, step.receive)
-            output = self.model(ids)
-            self.tap.close()
+            output = self.tap.run(step.points, step.receive, lambda: self.model(ids))
             self.recorder.hand_over(step, ids)
             return output
 
@@ -235,10 +233,11 @@ def test_a_value_that_cannot_be_read_ends_the_capture_and_not_the_step(tmp_path)
     rig = Rig(tmp_path, points=["layers.0.input"])
     rig.admit("a", "ca", [1], ["layers.0.input"])
     step = rig.recorder.plan([("a", 0, 1)], torch.device("cpu"))
-    rig.tap.open(step.points, step.receive)
-    location = next(iter(rig.tap._receive))
-    assert rig.tap.handle(location, ((), {})) == ((), {})
-    rig.tap.close()
+
+    def forward():
+        return rig.tap.handle(next(iter(rig.tap._receive)), ((), {}))
+
+    assert rig.tap.run(step.points, step.receive, forward) == ((), {})
     rig.recorder.hand_over(step, torch.tensor([1], dtype=torch.int32))
     assert "missing a required argument" in rig.reason("ca")
 

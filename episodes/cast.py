@@ -1,0 +1,361 @@
+"""Who plays which part in which episode: the open threads of a run, and those of them that speak with each other.
+
+A benchmark may play both sides with the model: an agent, and a user who gives it its task. What each says is what the
+other is told next, and that pairs the threads: by the whole exchange, and by the order in which it happened, since no
+one is told what has not been said. While threads grow, pairs may change. Where the same exchange happened at the
+same time more than once, any choice fits; one is made, first come first served, and called a tie.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from episodes.messages import JSON, chat, parse_object, reply_messages
+from episodes.records import BACKFILL, Call, Role
+from episodes.threads import Place, Threads
+
+
+class Part(NamedTuple):
+    """What a call's messages say of its thread. strategy: the benchmark's name for the way it is played."""
+
+    role: Role = "agent"
+    strategy: str | None = None
+
+
+class Watch(NamedTuple):
+    """What a supervisor's call is about: a user's conversation so far and a reply in it.
+
+    strategy: what its being there says of the user's. final: if it says no, the same messages are asked again
+    """
+
+    conversation: str
+    response: str
+    strategy: str | None = None
+    final: bool = False
+
+
+class Dialect:
+    """How a benchmark's calls speak for themselves. This one is of those who say nothing: every thread is an agent's,
+    and an episode. Another benchmark is a subclass that says what it knows; messages are OpenAI's.
+    """
+
+    name: str | None = None
+
+    def part(self, messages: list[JSON]) -> Part:
+        """Who speaks in a call with these messages."""
+        return Part()
+
+    def told(self, part: Part, messages: list[JSON]) -> str | None:
+        """What the last message tells this side of the other; None if it is something else, such as a tool's result."""
+        return None
+
+    def says(self, part: Part, reply: JSON) -> str | None:
+        """What a reply will tell the other side; None if nothing."""
+        return None
+
+    def conversation(self, messages: list[JSON]) -> str:
+        """A user's messages as its supervisor is shown them."""
+        return ""
+
+    def watch(self, messages: list[JSON]) -> Watch | None:
+        """What a supervisor's messages are about."""
+        return None
+
+    def shown(self, watch: Watch, reply: str) -> bool:
+        """Whether this is the reply that the supervisor was shown."""
+        return reply in watch.response
+
+    def approves(self, reply: JSON) -> bool:
+        """Whether the supervisor says yes."""
+        return True
+
+
+class Told(NamedTuple):
+    """What was told to a side, and when. Texts are kept as their hashes, times are ticks of the cast's own clock."""
+
+    text: int
+    at: int
+
+
+@dataclass
+class Said:
+    """What a side may have said in a turn: any of its attempts' replies may have been the one that was passed on."""
+
+    turn: int
+    at: int
+    texts: set[int]
+
+
+@dataclass(eq=False)
+class Actor:
+    """A thread with its part. named: the client said which episode.
+
+    watched: hash of its conversation → how many supervisors it has had. watch: what a supervisor's call is about;
+    subject: whose.
+    """
+
+    thread: str
+    episode: str
+    named: bool
+    part: Part
+    told: list[Told] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+    watched: Counter[int] = field(default_factory=Counter)
+    last_reply: str = ""
+    subject: Actor | None = None
+    watch: Watch | None = None
+
+
+class Group(NamedTuple):
+    """The threads of an episode, the agent's first. placed: those that the client has not put there itself.
+
+    tied: other threads that could stand in it as well
+    """
+
+    episode: str
+    threads: list[str]
+    placed: list[str]
+    strategy: str | None
+    user_strategy: str | None
+    tied: list[str]
+
+
+WARMUPS = "warmups"
+
+
+# agent → users
+Candidates = dict[Actor, list[Actor]]
+
+
+class Cast:
+    """The open threads of a run. Not safe to call from several threads of the process at once."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self.dialect = dialect
+        self._threads = Threads()
+        self._actors: dict[str, Actor] = {}
+        self._watched: dict[int, list[Actor]] = {}
+        self._clock = 0
+        self._recognised = False
+
+    def __len__(self) -> int:
+        return len(self._actors)
+
+    def place(
+        self,
+        call: str,
+        messages: list[JSON] | None,
+        part: Part,
+        episode: str | None = None,
+        retried: bool | None = None,
+    ) -> Place:
+        """Where a call that begins now belongs; arguments as `Threads.place`."""
+        self._recognised |= part.role != "agent"
+        if not self._recognised and not retried:
+            retried = None  # many a client that is no benchmark retries by itself, and its SDK does not know
+        place = self._threads.place(call, messages, episode, retried)
+        self._take(place, messages or [], part, episode is not None)
+        return place
+
+    def replied(self, place: Place, replies: list[JSON]) -> None:
+        """The call at `place` is over; `replies` are its choices' messages, none if it failed."""
+        self._threads.replied(place, replies)
+        for reply in replies:
+            self._hear(place, reply)
+
+    def replay(self, calls: Iterable[Call]) -> None:
+        """Take in calls that were recorded before, in the order of their times; nothing goes on from them."""
+        events = []
+        for call in calls:
+            if call.role == BACKFILL:
+                continue
+            end = call.first_byte if call.first_byte is not None else call.ended
+            events += [(call.started, 0, call), (end, 1, call)]
+        for _, over, call in sorted(events, key=lambda event: event[:2]):
+            place = Place(call.episode, call.thread, call.turn, call.attempt, call.kind)
+            if over:
+                for reply in reply_messages(parse_object(call.reply) or {}) if call.status == 200 else []:
+                    self._hear(place, reply)
+            else:
+                messages = chat(parse_object(call.request)) or []
+                self._take(place, messages, self.dialect.part(messages), call.named)
+
+    def close(self, threads: Iterable[str]) -> None:
+        """Forget threads whose episode is sealed."""
+        for thread in threads:
+            self._threads.close(thread)
+            actor = self._actors.pop(thread, None)
+            if actor is None:
+                continue
+            for conversation in actor.watched:
+                self._watched[conversation].remove(actor)
+                if not self._watched[conversation]:
+                    del self._watched[conversation]
+
+    def _take(self, place: Place, messages: list[JSON], part: Part, named: bool) -> None:
+        """A call has begun."""
+        self._clock += 1
+        actor = self._actors.get(place.thread)
+        if actor is None:
+            actor = self._actors[place.thread] = Actor(place.thread, place.episode, named, part)
+            if part.role == "supervisor":
+                self._attach(actor, messages)
+        text = self.dialect.told(part, messages) if place.kind == "turn" and messages else None
+        if text is not None:
+            actor.told.append(Told(hash(text), self._clock))
+        if part.role in ("user", "warmup"):
+            conversation = hash(self.dialect.conversation(messages))
+            if conversation not in actor.watched:
+                actor.watched[conversation] = 0
+                self._watched.setdefault(conversation, []).append(actor)
+
+    def _attach(self, supervisor: Actor, messages: list[JSON]) -> None:
+        """Find whom a supervisor watches: the conversation it is shown, with the reply, that has been watched least."""
+        watch = supervisor.watch = self.dialect.watch(messages)
+        if watch is None:
+            return
+        conversation = hash(watch.conversation)
+        found = [a for a in self._watched.get(conversation, []) if self.dialect.shown(watch, a.last_reply)]
+        if found:
+            subject = supervisor.subject = min(found, key=lambda actor: actor.watched[conversation])
+            subject.watched[conversation] += 1
+            subject.part = subject.part._replace(strategy=watch.strategy or subject.part.strategy)
+
+    def _hear(self, place: Place, reply: JSON) -> None:
+        """A call has got this reply."""
+        self._clock += 1
+        actor = self._actors.get(place.thread)
+        if actor is None:
+            return
+        actor.last_reply = str(reply.get("content") or "")
+        if actor.watch and actor.subject and actor.watch.final and not self.dialect.approves(reply):
+            self._threads.rejected(actor.subject.thread)
+        text = self.dialect.says(actor.part, reply)
+        if text is None:
+            return
+        if actor.said and actor.said[-1].turn == place.turn:
+            actor.said[-1].texts.add(hash(text))
+        else:
+            actor.said.append(Said(place.turn, self._clock, {hash(text)}))
+
+    def groups(self) -> list[Group]:
+        """The open threads as episodes, as far as is known now."""
+        free = [actor for actor in self._actors.values() if not actor.named]
+        fitting = candidates([a for a in free if a.part.role == "agent"], [a for a in free if a.part.role == "user"])
+        pairs = match(fitting)
+        homes = {user: agent for agent, user in pairs.items()}
+        members: dict[str, list[Actor]] = {}
+        for actor in sorted(self._actors.values(), key=lambda a: a.part.role != "agent"):
+            members.setdefault(_home(actor, homes), []).append(actor)
+        return [_group(episode, actors, ties(actors[0], fitting, pairs)) for episode, actors in members.items()]
+
+
+def _home(actor: Actor, homes: Mapping[Actor, Actor]) -> str:
+    """The episode that a thread stands in; homes: user → agent."""
+    if actor.named:
+        return actor.episode
+    lead = actor.subject or actor
+    if lead.named:
+        return lead.episode
+    return WARMUPS if lead.part.role == "warmup" else homes.get(lead, lead).episode
+
+
+def _group(episode: str, actors: list[Actor], tied: list[Actor]) -> Group:
+    strategies = {actor.part.role: actor.part.strategy for actor in reversed(actors)}
+    # An agent that no user was found for may be any client's: how it speaks says nothing then.
+    return Group(
+        episode,
+        [actor.thread for actor in actors],
+        [actor.thread for actor in actors if not actor.named],
+        strategies.get("agent") if "user" in strategies else None,
+        strategies.get("user"),
+        [actor.thread for actor in tied],
+    )
+
+
+def fits(agent: Actor, user: Actor) -> bool:
+    """Whether the two can have spoken with each other: each was told what the other had said by then."""
+    if not 0 <= len(agent.said) - len(user.told) <= 1 or not agent.told:
+        return False
+    return _answers(agent.told, user.said) and _answers(user.told, agent.said)
+
+
+def _answers(told: list[Told], said: list[Said]) -> bool:
+    return len(told) <= len(said) and all(
+        s.at < t.at and t.text in s.texts for t, s in zip(reversed(told), reversed(said[: len(told)]), strict=True)
+    )
+
+
+def candidates(agents: list[Actor], users: list[Actor]) -> Candidates:
+    """agent → the users that fit it, first come first."""
+    opened: dict[int, list[Actor]] = {}
+    for user in sorted((user for user in users if user.said), key=lambda user: user.said[0].at):
+        for text in user.said[0].texts:
+            opened.setdefault(text, []).append(user)
+    return {
+        agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user)]
+        for agent in sorted((agent for agent in agents if agent.told), key=lambda agent: agent.told[0].at)
+    }
+
+
+def match(fitting: Candidates) -> dict[Actor, Actor]:
+    """agent → user, as many pairs as there can be."""
+    pairs: dict[Actor, Actor] = {}
+    taken: dict[Actor, Actor] = {}
+    for agent in fitting:
+        for one, user in _alternating(agent, fitting, taken):
+            pairs[one], taken[user] = user, one
+    return pairs
+
+
+def _alternating(agent: Actor, fitting: Candidates, taken: Mapping[Actor, Actor]) -> list[tuple[Actor, Actor]]:
+    """New pairs that give this agent a user and leave no other agent without; none if there are none.
+
+    taken: user → agent. source: augmenting paths, found breadth first (Edmonds and Karp 1972)
+    """
+    asking: dict[Actor, Actor] = {}
+    queue = deque([agent])
+    while queue:
+        one = queue.popleft()
+        for user in fitting[one]:
+            if user not in asking:
+                asking[user] = one
+                if user not in taken:
+                    return list(_back(agent, user, asking, taken))
+                queue.append(taken[user])
+    return []
+
+
+def _back(
+    agent: Actor, user: Actor, asking: Mapping[Actor, Actor], taken: Mapping[Actor, Actor]
+) -> Iterator[tuple[Actor, Actor]]:
+    own = {one: other for other, one in taken.items()}
+    while (one := asking[user]) is not agent:
+        yield one, user
+        user = own[one]
+    yield agent, user
+
+
+def ties(agent: Actor, fitting: Candidates, pairs: Mapping[Actor, Actor]) -> list[Actor]:
+    """The users that this agent could have just as well, all others still having one."""
+    if agent not in pairs or len(fitting[agent]) < 2:
+        return []
+    taken = {user: one for one, user in pairs.items()}
+    return [user for user in fitting[agent] if user is not pairs[agent] and _yields(user, agent, fitting, taken)]
+
+
+def _yields(user: Actor, agent: Actor, fitting: Candidates, taken: Mapping[Actor, Actor]) -> bool:
+    """Whether the agent can take this user: whoever has it takes another, and so on, down to a user who is free."""
+    seen: set[Actor] = set()
+    queue = deque([user])
+    while queue:
+        one = queue.popleft()
+        if taken.get(one, agent) is agent:
+            return True
+        if one not in seen:
+            seen.add(one)
+            queue.extend(fitting[taken[one]])
+    return False

@@ -1,0 +1,56 @@
+"""vLLM's in-graph auxiliary hidden states as a source of `output` points: a compiled, graph-captured model records too.
+
+The model itself adds up the residual stream behind chosen blocks and returns it beside its output; made for EAGLE-3
+drafters, it works without one. Which blocks is settled before the model is compiled, for as long as the worker runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from vllm.model_executor.models.interfaces import supports_eagle3
+
+from episodes.errors import UnknownPoint
+from episodes.points import split
+from worker.tap import Receive, Stream
+
+
+class Auxiliary:
+    """Reads the points that a model was told to return.
+
+    source: vllm 0.32, model_executor/models/interfaces.py, EagleModelMixin: id k is the stream after k blocks
+    """
+
+    def __init__(self, model: nn.Module, points: Iterable[str]) -> None:
+        """Tell the model, before it is compiled. UnknownPoint if it is of a family that cannot do so."""
+        if not supports_eagle3(model):
+            raise UnknownPoint(
+                f"{type(model).__name__} has no auxiliary hidden states in vLLM: leave --capture-source aux out"
+            )
+        ids = sorted(self._id(point) for point in set(points))
+        model.set_aux_hidden_state_layers(tuple(ids))
+        self._order = {k: i for i, k in enumerate(ids)}
+
+    @staticmethod
+    def _id(point: str) -> int:
+        layer, hook = split(point)
+        if layer is None or hook != "output":
+            raise UnknownPoint(f"{point}: auxiliary hidden states are layers.<n>.output only")
+        return layer + 1
+
+    def watch(self, point: str) -> None:
+        """UnknownPoint if the compiled model does not return this one."""
+        if self._id(point) not in self._order:
+            has = ", ".join(f"layers.{k - 1}.output" for k in self._order)
+            raise UnknownPoint(f"{point}: the compiled model returns {has}")
+
+    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; `receive(i, read)` is called for each point once the pass is over."""
+        output = forward()
+        _, states = output
+        for i, point in enumerate(points):
+            receive(i, partial(Stream, states[self._order[self._id(point)]]))
+        return output
