@@ -17,7 +17,7 @@ from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
 from episodes.store import Store
-from episodes.taubench import TauBench
+from episodes.taubench import DIALECT
 from episodes.wire import Capture
 from proxy.backend import Backend
 from proxy.config import Config
@@ -99,7 +99,8 @@ async def backfill(layout: Layout, config: Config) -> Filled:
         try:
             await asyncio.to_thread(store.describe, model)
             done = await Backfill(store, backend, asyncio.to_thread).fill(store.calls())
-            await asyncio.to_thread(store.finish, TauBench())
+            await asyncio.to_thread(store.seal_all, DIALECT)
+            await asyncio.to_thread(store.roll)
         finally:
             store.close()
     return done
