@@ -65,11 +65,11 @@ class Store:
             self._write(msgspec.structs.replace(self.run, recorded=model))
             self.run = read_run(self.layout)
             return
-        for name in ("model", "dtype", "hidden_size"):
-            if getattr(found, name) != getattr(model, name):
+        for name in ("model", "dtype", "hidden_size", "edit"):
+            before, now = getattr(found, name) or "none", getattr(model, name) or "none"
+            if before != now:
                 raise WrongModel(
-                    f"run {self.run.run} was recorded with {name} {getattr(found, name)}, the worker has "
-                    f"{getattr(model, name)}: give another --run"
+                    f"run {self.run.run} was recorded with {name} {before}, the worker has {now}: give another --run"
                 )
 
     def _write(self, run: Run) -> None:

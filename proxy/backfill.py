@@ -59,8 +59,8 @@ class Backfill:
 
     async def _mend(self, call: Call) -> int:
         """Fill a call's holes; returns the rows stored. BadRun, with the reason, for what no re-run can give."""
-        history, n_rows = self._store.history, 0
-        if reason := await self._on_disk(unfillable, call, history):
+        history, model, n_rows = self._store.history, self._store.run.recorded, 0
+        if reason := await self._on_disk(unfillable, call, history, model.edit if model else ""):
             raise BadRun(reason)
         found = holes([call], history)
         while (hole := await self._on_disk(next, found, None)) is not None:
