@@ -127,20 +127,16 @@ class Threads:
         same = [t for t in self._asked.get((scope, digests[-1]), []) if t.end == digests[-1]]
         if announced := self._announced(same, retried):
             return announced
+        beside = None
         for n in range(len(digests), 0, -1):
             key = (scope, digests[n - 1])
             if key in self._waiting:
                 return self._waiting[key][0], "turn"  # the one waiting longest
-            for thread in self._asked.get(key, []):
-                if n == len(digests):
-                    kind = self._unannounced(thread, digests[-1], retried)
-                elif thread.asked == digests[n - 1] and messages[n].get("role") != "assistant":
-                    kind = self._beside(thread)
-                else:
-                    kind = None
-                if kind is not None:
-                    return thread, kind
-        return None, "turn"
+            if n < len(digests) and messages[n].get("role") != "assistant":
+                beside = self._beside(key)
+            if beside is not None:
+                break
+        return self._unannounced(same, retried) or beside or (None, "turn")
 
     @staticmethod
     def _announced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
@@ -150,20 +146,21 @@ class Threads:
         return next(((thread, "reask") for thread in same if thread.rejected), None)
 
     @staticmethod
-    def _unannounced(thread: Thread, digest: int, retried: bool | None) -> Kind | None:
-        """What the same messages again are to a thread when nothing else announced them."""
-        if thread.end != digest or thread.busy:
-            return None
-        if thread.failed:
-            return None if retried is False and thread.turn == 0 else "retry"
-        return "reask" if thread.turn > 0 else None
+    def _unannounced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
+        """A repeat of which there is no sign but that nothing else fits."""
+        for thread in same:
+            if thread.failed and not (retried is False and thread.turn == 0):
+                return thread, "retry"
+            if thread.n_good and not thread.busy and not thread.failed and thread.turn > 0:
+                return thread, "reask"
+        return None
 
-    @staticmethod
-    def _beside(thread: Thread) -> Kind | None:
-        """What more than its messages, but not its reply, are to a thread."""
-        if thread.busy or not thread.n_good:
-            return None
-        return "turn" if thread.reasked else "branch"
+    def _beside(self, key: Key) -> tuple[Thread, Kind] | None:
+        """A thread whose last turn these messages begin with, something else than its reply behind it."""
+        for thread in self._asked.get(key, []):
+            if thread.asked == key[1] and thread.n_good and not thread.busy:
+                return thread, "turn" if thread.reasked else "branch"
+        return None
 
     @staticmethod
     def _asked_keys(thread: Thread) -> set[Key]:
