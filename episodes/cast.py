@@ -154,7 +154,8 @@ class Cast:
         self._recognised |= part.role != "agent"
         if not self._recognised and not retried:
             retried = None  # many a client that is no benchmark retries by itself, and its SDK does not know
-        place = self._threads.place(call, messages, episode, retried)
+        told = self.dialect.told(part, messages) if messages else None
+        place = self._threads.place(call, messages, episode, retried, lambda thread: self._awaits(thread, told))
         self._take(place, messages or [], part, episode is not None)
         return place
 
@@ -207,6 +208,17 @@ class Cast:
             if conversation not in actor.watched:
                 actor.watched[conversation] = 0
                 self._watched.setdefault(conversation, []).append(actor)
+
+    def _awaits(self, thread: str, told: str | None) -> bool:
+        """Whether the other side may just have said this to a thread."""
+        actor, text = self._actors.get(thread), hash(told)
+        if actor is None or told is None:
+            return False
+        others = [other for other in self._actors.values() if other.said and text in other.said[-1].texts]
+        if actor.part.role == "agent":
+            users = (other for other in others if other.part.role == "user" and len(other.said) > len(actor.told))
+            return any(fits(actor, user, 0, True) for user in users)
+        return any(fits(other, actor, 1, True) for other in others if other.part.role == "agent")
 
     def _attach(self, supervisor: Actor, messages: list[JSON]) -> None:
         """Find whom a supervisor watches: the conversation it is shown, with the reply, that has been watched least."""
@@ -273,12 +285,12 @@ def _group(episode: str, actors: list[Actor], tied: list[Actor]) -> Group:
 def _pairs(actors: list[Actor]) -> tuple[dict[Actor, Actor], dict[Actor, list[Actor]]]:
     """agent → user, and agent → users that it could have just as well.
 
-    First where all that was said has arrived, then where an agent's last word has not yet, or never will. Last without
-    regard to time: of threads that were the same when they went on, one may have been given the other's next call.
+    First where all that was said has arrived, then where an agent's last word has not yet, or never will; and where
+    nothing fits, without regard to time: of threads that were the same, one may have been given the other's next call.
     """
     pairs: dict[Actor, Actor] = {}
     tied: dict[Actor, list[Actor]] = {}
-    for timed, n_open in product((True, False), (0, 1)):
+    for n_open, timed in product((0, 1), (True, False)):
         settled = {*pairs, *pairs.values()}
         left = [actor for actor in actors if actor not in settled]
         agents = [actor for actor in left if actor.part.role == "agent" and actor.told]

@@ -42,7 +42,7 @@ class World:
             yield
             self.cast.replied(place, [said(reply)] if good else [])
             self.histories.setdefault(place.thread, []).append(
-                (place.turn, place.attempt, place.kind, [*messages], good)
+                (place.turn, place.attempt, place.kind, [*messages], reply if good else None)
             )
             yield
 
@@ -94,7 +94,9 @@ def episode(world, group):
     agent, user = (world.histories[thread] for thread in group.threads)
     for history in (agent, user):
         turns = [(turn, attempt) for turn, attempt, *_ in history]
-        assert turns == sorted(turns) and [turn for turn, *_, good in history if good] == list(range(turns[-1][0] + 1))
+        assert turns == sorted(turns) and [turn for turn, *_, reply in history if reply] == list(
+            range(turns[-1][0] + 1)
+        )
         assert all(kind == ("retry" if attempt else "turn") for _, attempt, kind, *_ in history)
     heard = [m["content"] for m in agent[-1][3] if m["role"] != "system"]
     told = [m["content"] for m in user[-1][3] if m["role"] != "system"][1:]
@@ -102,12 +104,7 @@ def episode(world, group):
     last = user[-1][3]
     lines = max(heard, told, key=len)
     instruction = last[0]["content"].split("Instruction: ")[1].split("\n")[0]
-    return instruction, [*lines, world_reply(world, instruction, lines)]
-
-
-def world_reply(world, instruction, lines):
-    """The line that ended the conversation, which no request repeats."""
-    return next(s[1][-1] for s in world.scripts if s[0] == instruction and s[1][:-1] == lines)
+    return instruction, [*lines, user[-1][-1]]
 
 
 def test_conversations_that_cannot_be_told_apart_are_reported_as_tied():
