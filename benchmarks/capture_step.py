@@ -20,9 +20,9 @@ from tempfile import TemporaryDirectory
 import torch
 from rich.console import Console
 from rich.table import Table
-from servers import machine
 from torch import Tensor, nn
 
+from servers import machine
 from worker.orders import XARG, Config
 from worker.recorder import Lane, Recorder
 from worker.spool import prepare, spooled

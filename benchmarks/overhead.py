@@ -1,15 +1,20 @@
 """What capture costs: agent traffic through stock vLLM, our worker and the alternatives, in one run, as ratios.
 
-    python benchmarks/overhead.py [RESULTS] [--columns stock,off,3,all] [--blocks 2] [--rounds 3]
+    python benchmarks/overhead.py [RESULTS] [--columns stock,off,3] [--blocks 2] [--rounds 3]
 
 RESULTS is a tau-bench results file: its trajectories are replayed, 8 episodes at once; without one, made-up ones are.
 Every round has a system prompt that no server has seen. The embedded model answers each call with 32 tokens, which are
 thrown away: the recorded reply goes into the next prompt, so that every server gets the same traffic.
 
-The servers take turns, in blocks, and kinds of one server alternate round by round, so that a machine that speeds up or
-slows down does so for all. Rows are claimed, written to disk and deleted at the worker while the traffic runs, as the
-proxy does. The worker that serves `off`, `3` and `all` has every layer instrumented by the time it is measured. A ratio
-is to the median of stock vLLM with the same flags: `compiled` for itself and `aux`, `stock` for all others.
+The servers take turns, in blocks, and columns of one server alternate round by round, so that a machine that speeds up
+or slows down does so for all. Rows are claimed, stored and deleted at the worker while the traffic runs, as the proxy
+does. `ratio` is to the median of stock vLLM with the same flags, `compiled` for itself and `aux`, eager for all others;
+`to off` is to our own worker with capture off for the call, in the same process. `saving` is by how much storing every
+token of every call would have been more. The worker of `off`, `3` and `all` has all its layers instrumented.
+
+`edit` is nnsight's own runner in vLLM's API server, with a block that saves 3 layers of every request, under nnsight's
+defaults: no prefix cache, no chunked prefill. `extract` is vLLM's extract_hidden_states, its connector mended so that
+it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import servers
-import traffic
 from rich.console import Console
 from rich.table import Table
+
+import servers
+import traffic
 from servers import Command, Server
 from traffic import Keeper, Tally, Traffic
 
@@ -39,11 +45,14 @@ LAYERS, N_LAYERS, HIDDEN_BYTES = [8, 12, 16], 30, 576 * 2
 
 
 class Column(NamedTuple):
-    """server, base: names in `commands` and `COLUMNS`. n_points: how many the keeper keeps of each row."""
+    """server: a name in `commands`. base, off: the columns that its ratios are to, of the same flags and of the same
+    server without capture. n_points: how many the keeper keeps of each row.
+    """
 
     title: str
     server: str
     base: str
+    off: str
     n_points: int
     keeper: Callable[[Path], Keeper]
 
@@ -56,17 +65,24 @@ def nothing(scratch: Path) -> Keeper:
     return traffic.Nothing()
 
 
+def home(scratch: Path) -> Keeper:
+    return traffic.Home(len(LAYERS) * HIDDEN_BYTES)
+
+
+def extracted(scratch: Path) -> Keeper:
+    return traffic.Extracted()
+
+
 COLUMNS = {
-    "stock": Column("stock vLLM, eager", "stock", "stock", 0, nothing),
-    "off": Column("ours, capture off", "ours", "stock", 0, nothing),
-    "3": Column("ours, 3 layers", "ours", "stock", 3, claimed(LAYERS)),
-    "all": Column("ours, all 30 layers", "ours", "stock", N_LAYERS, claimed(list(range(N_LAYERS)))),
-    "compiled": Column("stock vLLM, compiled", "compiled", "compiled", 0, nothing),
-    "aux": Column("ours, compiled, aux, 3 layers", "aux", "compiled", 3, claimed(LAYERS)),
-    "edit": Column(
-        "nnsight edit(), its defaults, 3 layers", "edit", "stock", 3, lambda _: traffic.Home(3 * HIDDEN_BYTES)
-    ),
-    "extract": Column("vLLM extract_hidden_states, 3 layers", "extract", "stock", 3, lambda _: traffic.Extracted()),
+    "stock": Column("stock vLLM", "stock", "stock", "", 0, nothing),
+    "off": Column("ours, capture off", "ours", "stock", "off", 0, nothing),
+    "3": Column("ours, 3 layers", "ours", "stock", "off", 3, claimed(LAYERS)),
+    "all": Column("ours, all 30 layers", "ours", "stock", "off", N_LAYERS, claimed(list(range(N_LAYERS)))),
+    "edit": Column("nnsight edit(), 3 layers", "edit", "stock", "", 3, home),
+    "extract": Column("extract_hidden_states, 3 layers", "extract", "stock", "", 3, extracted),
+    "compiled": Column("stock vLLM, compiled", "compiled", "compiled", "", 0, nothing),
+    "aux-off": Column("ours, aux, capture off", "aux", "compiled", "aux-off", 0, nothing),
+    "aux": Column("ours, aux, 3 layers", "aux", "compiled", "aux-off", 3, claimed(LAYERS)),
 }
 
 
@@ -114,21 +130,23 @@ def measure_server(
 
 def table(found: dict[str, list[Round]]) -> Table:
     """One line a column. MB stored a round; and by how much every token of every call would have been more."""
-    shown = Table("", "rounds", "wall s", "ratio", "spread s", "CPU s", "ratio", "MB", "saving")
+    shown = Table("", "rounds", "wall s", "ratio", "to off", "spread s", "CPU s", "ratio", "to off", "MB", "saving")
     for name, rounds in found.items():
-        base = found.get(COLUMNS[name].base, rounds)
-        shown.add_row(
-            COLUMNS[name].title, str(len(rounds)), *timings(rounds, base), *sizes(rounds, COLUMNS[name].n_points)
-        )
+        column = COLUMNS[name]
+        bases = [found.get(base, []) for base in (column.base, column.off)]
+        times = [*timings("wall_s", rounds, bases), spread(rounds), *timings("cpu_s", rounds, bases)]
+        shown.add_row(column.title, str(len(rounds)), *times, *sizes(rounds, column.n_points))
     return shown
 
 
-def timings(rounds: list[Round], base: list[Round]) -> list[str]:
-    """Wall seconds, their ratio and spread, CPU seconds and their ratio."""
-    wall, cpu = (statistics.median(getattr(r, key) for r in rounds) for key in ("wall_s", "cpu_s"))
-    base_wall, base_cpu = (statistics.median(getattr(r, key) for r in base) for key in ("wall_s", "cpu_s"))
-    spread = f"{min(r.wall_s for r in rounds):.1f}–{max(r.wall_s for r in rounds):.1f}"
-    return [f"{wall:.2f}", f"{wall / base_wall:.3f}", spread, f"{cpu:.2f}", f"{cpu / base_cpu:.3f}"]
+def timings(key: str, rounds: list[Round], bases: list[list[Round]]) -> list[str]:
+    """Median seconds, and their ratio to those of each of the bases that there is."""
+    median, *others = (statistics.median(getattr(r, key) for r in rs) if rs else None for rs in (rounds, *bases))
+    return [f"{median:.2f}", *("" if other is None else f"{median / other:.3f}" for other in others)]
+
+
+def spread(rounds: list[Round]) -> str:
+    return f"{min(r.wall_s for r in rounds):.1f}–{max(r.wall_s for r in rounds):.1f}"
 
 
 def sizes(rounds: list[Round], n_points: int) -> list[str]:

@@ -21,13 +21,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import servers
-import traffic
 from rich.console import Console
 from rich.table import Table
+
+import servers
+import traffic
 from servers import Server
 from traffic import Episode, Keeper, Tally, Traffic
-
 from worker.spool import used_bytes
 
 PORT = 8012

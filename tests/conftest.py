@@ -19,10 +19,10 @@ import httpx
 import openai
 import pytest
 
-from benchmarks.servers import stock
 from episodes.run import Run, open_run
 from proxy.config import Config
 from proxy.server import serve
+from servers import stock
 from tests.stub import Running, Stub
 from worker.__main__ import plan
 
