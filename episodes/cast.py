@@ -8,11 +8,12 @@ same time more than once, any choice fits; one is made, first come first served,
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from episodes.matching import match, ties
 from episodes.messages import JSON, chat, parse_object, reply_messages
 from episodes.records import BACKFILL, Call, Role
 from episodes.threads import Place, Threads
@@ -124,10 +125,6 @@ class Group(NamedTuple):
 
 
 WARMUPS = "warmups"
-
-
-# agent → users
-Candidates = dict[Actor, list[Actor]]
 
 
 class Cast:
@@ -250,7 +247,7 @@ class Cast:
         members: dict[str, list[Actor]] = {}
         for actor in sorted(self._actors.values(), key=lambda a: a.part.role != "agent"):
             members.setdefault(_home(actor, homes), []).append(actor)
-        return [_group(episode, actors, ties(actors[0], fitting, pairs)) for episode, actors in members.items()]
+        return [_group(episode, actors, ties(actors[0], fitting, homes)) for episode, actors in members.items()]
 
 
 def _home(actor: Actor, homes: Mapping[Actor, Actor]) -> str:
@@ -289,7 +286,7 @@ def _answers(told: list[Told], said: list[Said]) -> bool:
     )
 
 
-def candidates(agents: list[Actor], users: list[Actor]) -> Candidates:
+def candidates(agents: list[Actor], users: list[Actor]) -> dict[Actor, list[Actor]]:
     """agent → the users that fit it, first come first."""
     opened: dict[int, list[Actor]] = {}
     for user in sorted((user for user in users if user.said), key=lambda user: user.said[0].at):
@@ -299,63 +296,3 @@ def candidates(agents: list[Actor], users: list[Actor]) -> Candidates:
         agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user)]
         for agent in sorted((agent for agent in agents if agent.told), key=lambda agent: agent.told[0].at)
     }
-
-
-def match(fitting: Candidates) -> dict[Actor, Actor]:
-    """agent → user, as many pairs as there can be."""
-    pairs: dict[Actor, Actor] = {}
-    taken: dict[Actor, Actor] = {}
-    for agent in fitting:
-        for one, user in _alternating(agent, fitting, taken):
-            pairs[one], taken[user] = user, one
-    return pairs
-
-
-def _alternating(agent: Actor, fitting: Candidates, taken: Mapping[Actor, Actor]) -> list[tuple[Actor, Actor]]:
-    """New pairs that give this agent a user and leave no other agent without; none if there are none.
-
-    taken: user → agent. source: augmenting paths, found breadth first (Edmonds and Karp 1972)
-    """
-    asking: dict[Actor, Actor] = {}
-    queue = deque([agent])
-    while queue:
-        one = queue.popleft()
-        for user in fitting[one]:
-            if user not in asking:
-                asking[user] = one
-                if user not in taken:
-                    return list(_back(agent, user, asking, taken))
-                queue.append(taken[user])
-    return []
-
-
-def _back(
-    agent: Actor, user: Actor, asking: Mapping[Actor, Actor], taken: Mapping[Actor, Actor]
-) -> Iterator[tuple[Actor, Actor]]:
-    own = {one: other for other, one in taken.items()}
-    while (one := asking[user]) is not agent:
-        yield one, user
-        user = own[one]
-    yield agent, user
-
-
-def ties(agent: Actor, fitting: Candidates, pairs: Mapping[Actor, Actor]) -> list[Actor]:
-    """The users that this agent could have just as well, all others still having one."""
-    if agent not in pairs or len(fitting[agent]) < 2:
-        return []
-    taken = {user: one for one, user in pairs.items()}
-    return [user for user in fitting[agent] if user is not pairs[agent] and _yields(user, agent, fitting, taken)]
-
-
-def _yields(user: Actor, agent: Actor, fitting: Candidates, taken: Mapping[Actor, Actor]) -> bool:
-    """Whether the agent can take this user: whoever has it takes another, and so on, down to a user who is free."""
-    seen: set[Actor] = set()
-    queue = deque([user])
-    while queue:
-        one = queue.popleft()
-        if taken.get(one, agent) is agent:
-            return True
-        if one not in seen:
-            seen.add(one)
-            queue.extend(fitting[taken[one]])
-    return False

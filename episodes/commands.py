@@ -1,4 +1,4 @@
-"""The offline commands: `tautap runs`, `episodes`, `show`, `seal` and `verify`."""
+"""The offline commands: `tautap runs`, `episodes`, `show`, `seal`, `link` and `verify`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from episodes.errors import BadRun
+from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
 from episodes.messages import JSON, parse_object, reply_messages
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
-from episodes.taubench import TauBench
+from episodes.taubench import DIALECT, Links, find_links, read_results
 from episodes.verify import problems
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -163,10 +163,64 @@ def seal(run: Path) -> None:
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
-        sealed = store.finish(TauBench())
+        sealed = store.seal_all(DIALECT)
+        store.roll()
     finally:
         store.close()
     click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
+
+
+@click.command()
+@RUN
+@click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--env", help="tau-bench's --env, where the conversations do not tell it.")
+@click.option("--split", help="tau-bench's --task-split.")
+def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | None) -> None:
+    """Join tau-bench's results to a run's episodes.
+
+    RESULTS are the JSON files that tau-bench wrote, any number, at any time after the proxy stopped; RUN is the run's
+    directory. What is live is sealed first.
+    """
+    entries = [entry for path in results for entry in read_results(path)]
+    layout = Layout(run)
+    if not layout.run.exists():
+        raise BadRun(f"{run} is not a run: it has no run.json")
+    store = Store(layout)
+    try:
+        store.seal_all(DIALECT)
+        found = find_links(open_run(run).history, entries, env, split)
+        if entries and not found.links:
+            names = ", ".join(path.name for path in results)
+            raise BadInput(
+                f"{names}: none of {len(entries)} results tells of an episode of {run}: is it another run's?"
+            )
+        n_new = store.link(found.links)
+        store.roll()
+    finally:
+        store.close()
+    _report_links(found, n_new)
+
+
+def _report_links(found: Links, n_new: int) -> None:
+    """Say what was joined, and all that was not."""
+    for result in found.results:
+        click.echo(f"{result.source}: task {result.task_id}, trial {result.trial}: no episode")
+    for episode in found.episodes:
+        click.echo(f"episode {episode}: in no results file")
+    ordered = [link for link in found.links if link.by == "order"]
+    for joined in ordered:
+        click.echo(
+            f"episode {joined.episode}: task {joined.task_id}, trial {joined.trial}, by the order of tasks alone"
+        )
+    for joined in found.links:
+        if joined.tied:
+            click.echo(
+                f"episode {joined.episode}: task {joined.task_id}, trial {joined.trial}, or {', '.join(joined.tied)}"
+            )
+    click.echo(
+        f"{len(found.links)} results joined, {n_new} of them new or changed; "
+        f"{len(found.results)} results without an episode, {len(found.episodes)} episodes without a result"
+    )
 
 
 @click.command()
@@ -206,4 +260,4 @@ def console() -> Console:
     return found
 
 
-COMMANDS = [runs, episodes, show, seal, verify]
+COMMANDS = [runs, episodes, show, seal, link, verify]

@@ -66,10 +66,16 @@ def holes(calls: Iterable[Call], history: History) -> Iterator[Hole]:
                 yield Hole(call, sequence, sum(span.stop - span.start for span in missing), missing[-1].stop)
 
 
-def unfillable(call: Call, history: History) -> str | None:
-    """Why a call's rows cannot be had from its token ids; None if they can, or if it lacks none."""
+def unfillable(call: Call, history: History, edit: str = "") -> str | None:
+    """Why a call's rows cannot be had from its token ids; None if they can, or if it lacks none.
+
+    edit: the intervention that the run is recorded under, as in `Model`
+    """
     if call.lost and not call.sequences:
         return "its token ids are not known: the worker that ran it did not tell them"
-    if next(holes([call], history), None) and (kinds := media(parse_object(call.request.encode()) or {})):
+    found = list(holes([call], history))
+    if found and (kinds := media(parse_object(call.request.encode()) or {})):
         return f"its request holds {', '.join(kinds)}: its rows do not follow from its token ids"
+    if edit and any(hole.stop > len(hole.sequence.prompt_token_ids) for hole in found):
+        return f"its reply was generated under {edit}, which may do otherwise to the same tokens in a prompt"
     return None

@@ -65,11 +65,11 @@ class Store:
             self._write(msgspec.structs.replace(self.run, recorded=model))
             self.run = read_run(self.layout)
             return
-        for name in ("model", "dtype", "hidden_size"):
-            if getattr(found, name) != getattr(model, name):
+        for name in ("model", "dtype", "hidden_size", "edit"):
+            before, now = getattr(found, name) or "none", getattr(model, name) or "none"
+            if before != now:
                 raise WrongModel(
-                    f"run {self.run.run} was recorded with {name} {getattr(found, name)}, the worker has "
-                    f"{getattr(model, name)}: give another --run"
+                    f"run {self.run.run} was recorded with {name} {before}, the worker has {now}: give another --run"
                 )
 
     def _write(self, run: Run) -> None:
@@ -159,15 +159,13 @@ class Store:
         self._journal.append(record)
         self.history.add(record)
 
-    def finish(self, dialect: Dialect) -> list[Seal]:
-        """Seal what is live, threads that a writer before this one left open as their calls tell; roll the index."""
+    def seal_all(self, dialect: Dialect) -> list[Seal]:
+        """Seal what is live, the threads that a writer before this one left open as their calls tell."""
         cast = Cast(dialect)
         cast.replay(self.history.unsealed())
         for group in cast.groups():
             self.pair(group, dialect.name)
-        sealed = [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
-        self.roll()
-        return sealed
+        return [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
 
     def seal(self, name: str) -> Seal | None:
         """Move an episode's rows into its shard; None if that has been done. An earlier seal's rows are taken along."""

@@ -7,8 +7,21 @@ source: github.com/sierra-research/tau-bench, commit 59a200c: envs/user.py, agen
 
 from __future__ import annotations
 
-from episodes.cast import Dialect, Part, Watch
-from episodes.messages import JSON, parse_object, text_of
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from episodes.cast import WARMUPS, Dialect, Part, Watch
+from episodes.errors import BadInput
+from episodes.history import Episode, History
+from episodes.matching import match, ties
+from episodes.messages import JSON, chat, parse_object, prefix_digests, reply_messages, text_of
+from episodes.records import Call, Link
 
 USER = "You are a user interacting with an agent."
 INSTRUCTION = "\n\nInstruction: "
@@ -22,6 +35,9 @@ TEXT_AGENTS = {
 }
 TOOL_RESULT = "API output: "
 STOP = "###STOP###"
+POLICY = re.compile(r"# (\w+) agent policy", re.IGNORECASE)
+# tau_bench/run.py, ckpt_path
+FILE_NAME = re.compile(r"(tool-calling|few-shot|act|react)-.*_user-.*-(llm|react|verify|reflection|human)_\d+\.json")
 LABELS = {"user": "Customer", "assistant": "Agent"}
 
 
@@ -115,3 +131,247 @@ def _user_response(text: str) -> str | None:
             parts = text.split(mark)
             return parts[1].strip() if len(parts) == 2 else None
     return None
+
+
+# ---- results files
+
+
+class Result(msgspec.Struct, frozen=True, eq=False):
+    """One entry of a results file: a task attempted. source: the file's name."""
+
+    task_id: int
+    reward: float
+    info: JSON
+    traj: list[JSON]
+    trial: int
+    source: str = ""
+
+    @property
+    def instruction(self) -> str | None:
+        """The task's; None for an attempt that ended in an exception, of which little is kept."""
+        task = self.info.get("task")
+        return task.get("instruction") if isinstance(task, dict) else None
+
+
+def read_results(path: Path) -> list[Result]:
+    """The entries of a results file; BadInput says what is wrong with it."""
+    try:
+        results = msgspec.json.decode(path.read_bytes(), type=list[Result])
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+    except msgspec.MsgspecError as error:
+        raise BadInput(
+            f"{path} is not a results file of tau-bench, a JSON list of task_id, reward, info, traj and trial: {error}"
+        ) from None
+    return [msgspec.structs.replace(result, source=path.name) for result in results]
+
+
+@dataclass(eq=False)
+class Attempt:
+    """An episode as a results file can know it.
+
+    ends: digests of the agent's conversation with its last reply. endings: what the user may have said last.
+    """
+
+    episode: Episode
+    started: float
+    ends: set[int] = field(default_factory=set)
+    endings: set[str] = field(default_factory=set)
+    instruction: str | None = None
+    env: str | None = None
+
+
+def attempts(history: History) -> list[Attempt]:
+    """The run's episodes in the order in which they began."""
+    found = [_attempt(e) for e in history.episodes.values() if e.calls and e.id != WARMUPS]
+    return sorted(found, key=lambda attempt: attempt.started)
+
+
+def _attempt(episode: Episode) -> Attempt:
+    attempt = Attempt(episode, min(call.started for call in episode.calls))
+    for call in _last_turn(episode, "user"):
+        messages, replies = _exchange(call)
+        said = (DIALECT.says(DIALECT.part(messages), reply) for reply in replies)
+        attempt.endings |= {text for text in said if text is not None}
+        attempt.instruction = instruction(messages) if messages else None
+    for call in _last_turn(episode, "agent"):
+        messages, replies = _exchange(call)
+        attempt.ends |= {list(prefix_digests([*messages, reply]))[-1] for reply in replies}
+        attempt.env = _env(messages)
+    return attempt
+
+
+def _last_turn(episode: Episode, role: str) -> list[Call]:
+    calls = [call for call in episode.calls if call.role == role]
+    last = max((call.turn for call in calls), default=0)
+    return [call for call in calls if call.turn == last]
+
+
+def _exchange(call: Call) -> tuple[list[JSON], list[JSON]]:
+    replies = reply_messages(parse_object(call.reply) or {}) if call.status == 200 else []
+    return chat(parse_object(call.request)) or [], replies
+
+
+def _env(messages: list[JSON]) -> str | None:
+    policy = POLICY.match(text_of(messages[0])) if messages else None
+    return policy[1].lower() if policy else None
+
+
+By = Literal["transcript", "instruction", "order"]
+Fitting = dict[Result, list[Attempt]]
+
+
+class Links(NamedTuple):
+    """What results and a run have to do with each other: links, results of no episode, episodes of no result."""
+
+    links: list[Link]
+    results: list[Result]
+    episodes: list[str]
+
+
+def find_links(
+    history: History,
+    results: Iterable[Result],
+    env: str | None = None,
+    split: str | None = None,
+    tasks: Mapping[int, str] | None = None,
+) -> Links:
+    """The episode of each result.
+
+    By transcript; an attempt that ended in an exception has none, and is found by its task's instruction and by its
+    place among the task's trials. The instruction is told by tasks (task id → instruction), else by a result of another
+    trial, else, if as many tasks as instructions are left over, by the order in which they began.
+    """
+    results, known = sorted(results, key=lambda result: result.trial), attempts(history)
+    by: dict[Result, By] = {}
+    fitting = _by_transcript([result for result in results if result.traj], known)
+    pairs = match(fitting)
+    by.update(dict.fromkeys(pairs, "transcript"))
+    silent = [result for result in results if not result.traj]
+    instructions = {(r.source, r.task_id): i for r in results if (i := (tasks or {}).get(r.task_id, r.instruction))}
+    for kind in ("instruction", "order"):
+        if kind == "order":
+            instructions |= _left_over(silent, instructions, known, pairs)
+        fits = _by_instruction([r for r in silent if r not in pairs], instructions, known, pairs)
+        found = match(fits)
+        pairs |= found
+        fitting |= {result: fits[result] for result in found}
+        by.update(dict.fromkeys(found, kind))
+    envs = {result.source: attempt.env for result, attempt in pairs.items() if attempt.env}
+    links = [
+        _link(result, attempt, by[result], env or envs.get(result.source), split, _tied(result, fitting, pairs))
+        for result, attempt in pairs.items()
+    ]
+    linked = {link.episode for link in links} | {a.episode.id for a in known if a.episode.link is not None}
+    said = {_identity(result) for result in pairs}
+    return Links(
+        links,
+        [result for result in results if result not in pairs and _identity(result) not in said],
+        [attempt.episode.id for attempt in known if attempt.episode.id not in linked],
+    )
+
+
+def _identity(result: Result) -> bytes:
+    """What makes two entries the same, in whatever files they are."""
+    return msgspec.json.encode([result.task_id, result.trial, result.info, result.traj])
+
+
+def _by_transcript(results: list[Result], known: list[Attempt]) -> Fitting:
+    """result → the attempts that it tells of, those first that were linked to it before, then those not linked yet."""
+    by_end: dict[int, list[Attempt]] = {}
+    for attempt in known:
+        for end in attempt.ends:
+            by_end.setdefault(end, []).append(attempt)
+    fitting: Fitting = {}
+    for result in results:
+        # The last message is what the last action led to; the agent was not asked again.
+        *_, end = prefix_digests(result.traj[:-1] or result.traj)
+        fits = [attempt for attempt in by_end.get(end, []) if _ends_so(result, attempt)]
+        fitting[result] = sorted(fits, key=lambda attempt: _linked_before(result, attempt))
+    return fitting
+
+
+def _ends_so(result: Result, attempt: Attempt) -> bool:
+    last = result.traj[-1]
+    return (
+        last.get("role") != "user"
+        or not attempt.endings
+        or text_of(last).startswith(TOOL_RESULT)
+        or text_of(last) in attempt.endings
+    )
+
+
+def _linked_before(result: Result, attempt: Attempt) -> int:
+    link = attempt.episode.link
+    if link is None:
+        return 1
+    return 0 if (link.source, link.task_id, link.trial) == (result.source, str(result.task_id), result.trial) else 2
+
+
+def _by_instruction(
+    results: list[Result],
+    instructions: Mapping[tuple[str, int], str],
+    known: list[Attempt],
+    pairs: Mapping[Result, Attempt],
+) -> Fitting:
+    """result → the attempts that are nobody's yet and had its task, between those of the trials before and after."""
+    taken = set(pairs.values())
+    fitting: Fitting = {}
+    for result in results:
+        task = (result.source, result.task_id)
+        trials = [(r.trial, a.started) for r, a in pairs.items() if (r.source, r.task_id) == task]
+        after = max((at for trial, at in trials if trial < result.trial), default=0.0)
+        before = min((at for trial, at in trials if trial > result.trial), default=math.inf)
+        fits = [a for a in known if a not in taken and a.instruction is not None and after <= a.started <= before]
+        mine = [attempt for attempt in fits if attempt.instruction == instructions.get(task)]
+        fitting[result] = sorted(mine, key=lambda attempt: _linked_before(result, attempt))
+    return fitting
+
+
+def _left_over(
+    silent: list[Result],
+    instructions: Mapping[tuple[str, int], str],
+    known: list[Attempt],
+    pairs: Mapping[Result, Attempt],
+) -> dict[tuple[str, int], str]:
+    """Instructions of tasks that no result tells, in the order in which both began; none unless the numbers agree."""
+    tasks = dict.fromkeys((r.source, r.task_id) for r in silent if (r.source, r.task_id) not in instructions)
+    taken, told = set(pairs.values()), set(instructions.values())
+    left = dict.fromkeys(a.instruction for a in known if a not in taken and a.instruction and a.instruction not in told)
+    return dict(zip(tasks, left, strict=True)) if len(tasks) == len(left) else {}
+
+
+def _tied(result: Result, fitting: Fitting, pairs: Mapping[Result, Attempt]) -> list[str]:
+    """Other episodes that the result fits. Trials of one file follow each other, which tells equal ones apart."""
+    if len(fitting[result]) < 2:
+        return []
+    rivals = [other for other in pairs if set(fitting[other]) & set(fitting[result])]
+    contested = {attempt for other in rivals for attempt in fitting[other]}
+    if len({(other.source, other.task_id) for other in rivals}) == 1 and len(rivals) == len(contested):
+        return []
+    taken = {attempt: other for other, attempt in pairs.items()}
+    return [attempt.episode.id for attempt in ties(result, fitting, taken)]
+
+
+def _link(result: Result, attempt: Attempt, by: By, env: str | None, split: str | None, tied: list[str]) -> Link:
+    name = FILE_NAME.fullmatch(result.source)
+    pair, error = attempt.episode.pair, result.info.get("error")
+    return Link(
+        episode=attempt.episode.id,
+        benchmark="tau-bench",
+        task_id=str(result.task_id),
+        trial=result.trial,
+        reward=result.reward,
+        by=by,
+        env=env,
+        split=split,
+        strategy=name[1] if name else pair.strategy if pair else None,
+        user_strategy=name[2] if name else pair.user_strategy if pair else None,
+        error=None if error is None else str(error),
+        info=msgspec.json.encode(result.info).decode(),
+        source=result.source,
+        tied=tied,
+    )
+
+
+DIALECT = TauBench()

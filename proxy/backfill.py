@@ -17,7 +17,7 @@ from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
 from episodes.store import Store
-from episodes.taubench import TauBench
+from episodes.taubench import DIALECT
 from episodes.wire import Capture
 from proxy.backend import Backend
 from proxy.config import Config
@@ -59,8 +59,8 @@ class Backfill:
 
     async def _mend(self, call: Call) -> int:
         """Fill a call's holes; returns the rows stored. BadRun, with the reason, for what no re-run can give."""
-        history, n_rows = self._store.history, 0
-        if reason := await self._on_disk(unfillable, call, history):
+        history, model, n_rows = self._store.history, self._store.run.recorded, 0
+        if reason := await self._on_disk(unfillable, call, history, model.edit if model else ""):
             raise BadRun(reason)
         found = holes([call], history)
         while (hole := await self._on_disk(next, found, None)) is not None:
@@ -99,7 +99,8 @@ async def backfill(layout: Layout, config: Config) -> Filled:
         try:
             await asyncio.to_thread(store.describe, model)
             done = await Backfill(store, backend, asyncio.to_thread).fill(store.calls())
-            await asyncio.to_thread(store.finish, TauBench())
+            await asyncio.to_thread(store.seal_all, DIALECT)
+            await asyncio.to_thread(store.roll)
         finally:
             store.close()
     return done

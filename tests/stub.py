@@ -89,7 +89,7 @@ class Engine:
     async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
         """One token an output, all choices in step, the rows spooled when the last is out."""
         ids: list[int] = prompt["prompt_token_ids"]
-        replies = [list(answer(ids, i)[: params.max_tokens].encode()) for i in range(params.n)]
+        replies = [list((params.told or answer(ids, i))[: params.max_tokens].encode()) for i in range(params.n)]
         n_cached = self._n_cached(prompt.get("cache_salt", ""), ids)
         step = 0
         try:
@@ -194,6 +194,9 @@ class Stub:
         if fault == "garbage":
             return Response(b"<html>", media_type="application/json")
         n = body.get("n") or 1
+        told = body.get("stub_reply")
+        if told is not None and XARG not in (body.get("vllm_xargs") or {}):
+            return self._tell(told)
         identity = request.headers.get("x-request-id") or "none"
         params = [
             SimpleNamespace(
@@ -202,6 +205,7 @@ class Stub:
                 extra_args=dict(body.get("vllm_xargs") or {}),
                 output_kind=SimpleNamespace(name="DELTA" if body.get("stream") else "FINAL_ONLY"),
                 token_s=self.token_s,
+                told=None if told is None else json.dumps(told),
             )
             for _ in prompts
         ]
@@ -217,12 +221,21 @@ class Stub:
         for stream in streams:
             async for _ in stream:
                 pass
+        if told is not None:
+            return self._tell(told, head["id"])
         choices = [self._choice(i, text, kind) for i, text in enumerate(t for part in texts for t in part)]
         usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(len(t) for p in texts for t in p)}
         reply = json.dumps({**head, "choices": choices, "usage": usage, **self.foreign}).encode()
         if fault == "cut":
             return StreamingResponse(_cut(reply), headers={"content-type": "application/json"})
         return Response(reply, media_type="application/json")
+
+    @staticmethod
+    def _tell(message: dict[str, Any], identity: str = "chatcmpl-told") -> Response:
+        """The reply that the request tells, in a field `stub_reply`: for tests that replay a conversation."""
+        choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
+        head = {"id": identity, "object": "chat.completion", "created": int(time.time()), "model": MODEL}
+        return JSONResponse({**head, "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
 
     @staticmethod
     def _prompts(body: dict[str, Any], kind: str) -> list[list[int]]:

@@ -113,6 +113,17 @@ def test_the_rows_come_as_zstd_to_those_who_accept_it(worker):
     assert zstandard.ZstdDecompressor().decompressobj().decompress(packed) == plain.content
 
 
+@pytest.mark.parametrize(
+    ("accepted", "packed"), [("zstd;q=0", False), ("gzip", False), ("gzip, zstd;q=0.5", True), ("ZSTD", True)]
+)
+def test_nobody_gets_zstd_who_did_not_ask(worker, accepted, packed):
+    capture = new()
+    worker.ask("Hi", capture)
+    reply = worker.claim(capture.call, **{"accept-encoding": accepted})
+    assert (reply.headers.get("content-encoding") == "zstd") == packed
+    assert packed or int(reply.headers["content-length"]) == len(reply.content)
+
+
 def test_whoever_shares_the_spool_makes_the_same_file_from_a_recipe(worker):
     capture = new()
     worker.ask("Hi", capture, path="/v1/completions", n=2, temperature=1, seed=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.metadata
+import mmap
 import re
 import tempfile
 import uuid
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import zstandard
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -38,6 +40,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+# In an Accept-Encoding, unless its weight is nought.
+ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 CHUNK = 4 << 20
 EMBED_WAIT_S = 60.0
 WAIT_LIMIT_S = 60.0
@@ -272,7 +276,7 @@ class Routes:
             recipe = Recipe.of(extents, self._ledger.spool, self._token)
             return Response(msgspec.json.encode(recipe), media_type="application/json")
         headers = {"Content-Type": "application/octet-stream"}
-        if "zstd" in request.headers.get("accept-encoding", ""):
+        if ZSTD.search(request.headers.get("accept-encoding", "")):
             return StreamingResponse(_zstd(_chunks(extents)), headers=headers | {"Content-Encoding": "zstd"})
         headers["Content-Length"] = str(sum(extent.nbytes for extent in extents))
         return StreamingResponse(_chunks(extents), headers=headers)
@@ -311,35 +315,41 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _chunks(extents: list[Extent]) -> AsyncIterator[bytes]:
+async def _chunks(extents: list[Extent]) -> AsyncIterator[bytes | memoryview]:
+    """The bytes of a call file. Rows go from the mapped file to the socket: nothing of them is copied in between."""
     for extent in extents:
         if extent.path is None:
             yield extent.data
             continue
-        done = 0
-        while done < extent.nbytes:
-            chunk = await asyncio.to_thread(_pread, extent.path, extent.offset + done, min(CHUNK, extent.nbytes - done))
-            done += len(chunk)
-            yield chunk
+        rows = await asyncio.to_thread(_mapped, extent)
+        for at in range(0, len(rows), CHUNK):
+            await asyncio.to_thread(_read_in, rows[at : at + CHUNK])
+            yield rows[at : at + CHUNK]
 
 
-async def _zstd(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _zstd(chunks: AsyncIterator[bytes | memoryview]) -> AsyncIterator[bytes]:
     compressor = zstandard.ZstdCompressor(level=1).compressobj()
     async for chunk in chunks:
         yield await asyncio.to_thread(compressor.compress, chunk)
     yield compressor.flush()
 
 
-def _pread(path: Path, offset: int, size: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)
+def _mapped(extent: Extent) -> memoryview:
+    assert extent.path is not None
+    with extent.path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    return memoryview(mapped)[extent.offset : extent.offset + extent.nbytes]
+
+
+def _read_in(rows: memoryview) -> None:
+    """Touch every page, so that the event loop never waits for a disk when it sends them."""
+    np.frombuffer(rows, np.uint8)[:: mmap.PAGESIZE].max()
 
 
 def _embedded(extents: list[Extent], collect: Collect) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile() as whole:
         for extent in extents:
-            whole.write(extent.data if extent.path is None else _pread(extent.path, extent.offset, extent.nbytes))
+            whole.write(extent.data if extent.path is None else _mapped(extent))
         whole.flush()
         return activations(CallFile(Path(whole.name)), collect)
 

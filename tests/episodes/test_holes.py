@@ -101,3 +101,13 @@ def test_what_its_token_ids_do_not_determine_cannot_be_filled(tmp_path, change, 
     whole = msgspec.structs.replace(writer.commit("c2", [7, 8], [9]), request=call.request)
     assert unfillable(whole, writer.store.history) is None, "nothing is missing"
     writer.close()
+
+
+def test_what_was_generated_under_an_edit_cannot_be_filled_from_a_prompt(tmp_path):
+    """An edit is told which tokens are the prompt's; the prompt itself is one either time."""
+    writer = Writer(tmp_path)
+    call = writer.commit("c1", [1, 2, 3], [5], computed=2)
+    assert unfillable(call, writer.store.history, "steer.py:steer 1f") is None
+    longer = msgspec.structs.replace(call, sequences=[Sequence(0, [1, 2, 3], [5, 6, 7], "stop")])
+    assert "steer.py:steer 1f" in unfillable(longer, writer.store.history, "steer.py:steer 1f")
+    writer.close()

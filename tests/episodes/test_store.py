@@ -318,6 +318,8 @@ def test_another_model_is_refused(tmp_path):
     writer = Writer(tmp_path)
     with pytest.raises(WrongModel, match=r"hidden_size 4.*8"):
         writer.store.describe(msgspec.structs.replace(MODEL, hidden_size=8))
+    with pytest.raises(WrongModel, match=r"edit none.*steer.py:steer 1f"):
+        writer.store.describe(msgspec.structs.replace(MODEL, edit="steer.py:steer 1f"))
     writer.close()
 
 
