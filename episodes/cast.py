@@ -240,14 +240,12 @@ class Cast:
 
     def groups(self) -> list[Group]:
         """The open threads as episodes, as far as is known now."""
-        free = [actor for actor in self._actors.values() if not actor.named]
-        fitting = candidates([a for a in free if a.part.role == "agent"], [a for a in free if a.part.role == "user"])
-        pairs = match(fitting)
+        pairs, tied = _pairs([actor for actor in self._actors.values() if not actor.named])
         homes = {user: agent for agent, user in pairs.items()}
         members: dict[str, list[Actor]] = {}
         for actor in sorted(self._actors.values(), key=lambda a: a.part.role != "agent"):
             members.setdefault(_home(actor, homes), []).append(actor)
-        return [_group(episode, actors, ties(actors[0], fitting, homes)) for episode, actors in members.items()]
+        return [_group(episode, actors, tied.get(actors[0], [])) for episode, actors in members.items()]
 
 
 def _home(actor: Actor, homes: Mapping[Actor, Actor]) -> str:
@@ -273,9 +271,31 @@ def _group(episode: str, actors: list[Actor], tied: list[Actor]) -> Group:
     )
 
 
-def fits(agent: Actor, user: Actor) -> bool:
-    """Whether the two can have spoken with each other: each was told what the other had said by then."""
-    if not 0 <= len(agent.said) - len(user.told) <= 1 or not agent.told:
+def _pairs(actors: list[Actor]) -> tuple[dict[Actor, Actor], dict[Actor, list[Actor]]]:
+    """agent → user, and agent → users that it could have just as well.
+
+    First where all that was said has arrived; then where an agent's last word has not yet, or never will.
+    """
+    pairs: dict[Actor, Actor] = {}
+    tied: dict[Actor, list[Actor]] = {}
+    for n_open in (0, 1):
+        settled = {*pairs, *pairs.values()}
+        left = [actor for actor in actors if actor not in settled]
+        agents = [actor for actor in left if actor.part.role == "agent" and actor.told]
+        fitting = candidates(agents, [actor for actor in left if actor.part.role == "user" and actor.said], n_open)
+        found = match(fitting)
+        taken = {user: agent for agent, user in found.items()}
+        pairs |= found
+        tied |= {agent: ties(agent, fitting, taken) for agent in found}
+    return pairs, tied
+
+
+def fits(agent: Actor, user: Actor, n_open: int) -> bool:
+    """Whether the two can have spoken with each other: each was told what the other had said by then.
+
+    n_open: how much the agent has said that the user was not told
+    """
+    if len(agent.said) - len(user.told) != n_open:
         return False
     return _answers(agent.told, user.said) and _answers(user.told, agent.said)
 
@@ -286,13 +306,13 @@ def _answers(told: list[Told], said: list[Said]) -> bool:
     )
 
 
-def candidates(agents: list[Actor], users: list[Actor]) -> dict[Actor, list[Actor]]:
+def candidates(agents: list[Actor], users: list[Actor], n_open: int) -> dict[Actor, list[Actor]]:
     """agent → the users that fit it, first come first."""
     opened: dict[int, list[Actor]] = {}
-    for user in sorted((user for user in users if user.said), key=lambda user: user.said[0].at):
+    for user in sorted(users, key=lambda user: user.said[0].at):
         for text in user.said[0].texts:
             opened.setdefault(text, []).append(user)
     return {
-        agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user)]
-        for agent in sorted((agent for agent in agents if agent.told), key=lambda agent: agent.told[0].at)
+        agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user, n_open)]
+        for agent in sorted(agents, key=lambda agent: agent.told[0].at)
     }

@@ -183,7 +183,9 @@ class Stub:
         try:
             body = await request.json()
             self.bodies.append(body)
-            prompts = self._prompts(body, kind)
+            told = body.get("stub_reply")
+            spared = told is not None and XARG not in (body.get("vllm_xargs") or {})
+            prompts = [] if spared else self._prompts(body, kind)
         except (ValueError, KeyError, TypeError) as error:
             return _error(400, f"bad request: {error!r}")
         if body.get("model") != MODEL:
@@ -194,8 +196,7 @@ class Stub:
         if fault == "garbage":
             return Response(b"<html>", media_type="application/json")
         n = body.get("n") or 1
-        told = body.get("stub_reply")
-        if told is not None and XARG not in (body.get("vllm_xargs") or {}):
+        if spared:  # nothing to record
             return self._tell(told)
         identity = request.headers.get("x-request-id") or "none"
         params = [
