@@ -5,8 +5,8 @@ Conversations that look the same are told apart one to one: a thread that has be
 own reply is there. What does not continue a reply is, in this order of evidence,
 
 - `retry`: the same messages again, of a call that failed, or that an SDK says it repeats
-- `reask`: the same messages again though the reply was good: the reply was rejected. A first call repeated is another
-  conversation unless `rejected` said otherwise
+- `reask`: the same messages again though the reply was good: the reply was rejected. Unless `rejected` said so, a first
+  call repeated is another conversation, and a later one the next turn of another that looks the same and waits
 - `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
   After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
 """
@@ -134,6 +134,8 @@ class Threads:
             for thread in self._asked.get(key, []):
                 if n == len(digests):
                     kind = self._unannounced(thread, digests[-1], retried)
+                    if kind == "reask" and (other := self._extended(digests, scope)):
+                        return other, "turn"
                 elif thread.asked == digests[n - 1] and messages[n].get("role") != "assistant":
                     kind = self._beside(thread)
                 else:
@@ -141,6 +143,11 @@ class Threads:
                 if kind is not None:
                     return thread, kind
         return None, "turn"
+
+    def _extended(self, digests: list[int], scope: str | None) -> Thread | None:
+        """The thread that waits for a conversation to go on as this one does; None if none does."""
+        waiting = (self._waiting.get((scope, digest)) for digest in reversed(digests))
+        return next((threads[0] for threads in waiting if threads), None)
 
     @staticmethod
     def _announced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
