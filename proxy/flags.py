@@ -19,6 +19,7 @@ from episodes.errors import BadInput
 Flags = dict[str, list[str]]
 Scalar = bool | int | float | str
 
+URL = re.compile(r"(?P<base>https?://[^/]+(?:/[^/]+)*?)(?:/runs/(?P<run>[^/]+))?(?:/v1)?/?")
 # Flags that tau-bench does not have and people write for it.
 OURS = ("platform", "base-url")
 # Agents that send the model its tools, for which litellm wants the package `mcp`.
@@ -53,6 +54,14 @@ def parse(arguments: Iterable[str]) -> Flags:
 def command_line(flags: Flags) -> list[str]:
     """The command line of these flags."""
     return [word for name, words in flags.items() for word in (f"--{name}", *words)]
+
+
+def split_url(url: str) -> tuple[str, str | None]:
+    """A proxy's base, and the run if the URL names one: out of `http://host:8000`, …`/v1` or …`/runs/<run>/v1`."""
+    match = URL.fullmatch(url)
+    if match is None:
+        raise BadInput(f"--base-url {url}: give a proxy's, such as http://127.0.0.1:8000/v1")
+    return match["base"], match["run"]
 
 
 def accepted(types: Path) -> set[str]:

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from episodes.errors import BadInput
-from proxy.flags import accepted, check, command_line, n_attempts, parse, read_matrix, results_directory, translate
+from proxy.flags import (
+    accepted,
+    check,
+    command_line,
+    n_attempts,
+    parse,
+    read_matrix,
+    results_directory,
+    split_url,
+    translate,
+)
 
 TYPES = """
 from pydantic import BaseModel
@@ -52,6 +62,25 @@ def test_a_platform_is_a_provider_and_a_base_url_is_ours_to_give():
     said = translated("--platform hosted_vllm --user-model-provider openai --base-url http://elsewhere/v1")
     assert (said["model-provider"], said["user-model-provider"]) == (["hosted_vllm"], ["openai"])
     assert not said.keys() & {"platform", "base-url"}
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("http://h:8000", ("http://h:8000", None)),
+        ("http://h:8000/v1", ("http://h:8000", None)),
+        ("http://h/v1/", ("http://h", None)),
+        ("https://h/box/runs/r1/v1", ("https://h/box", "r1")),
+    ],
+)
+def test_a_base_url_is_a_proxy_and_maybe_a_run(url, found):
+    assert split_url(url) == found
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://h/v1"])
+def test_a_base_url_that_is_none_is_refused(url):
+    with pytest.raises(BadInput, match=r"--base-url .*give a proxy's"):
+        split_url(url)
 
 
 @pytest.mark.parametrize("words", ["1,5,10", "1 5 10", "1, 5, 10", "1,5 10,"])
