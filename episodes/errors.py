@@ -11,6 +11,7 @@ TautapError
 │   ├── RunLocked        another process is writing it
 │   └── CorruptFile      bytes that are not what the format says
 ├── MissingRows          a reader asked for rows that were never stored
+├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
 └── CaptureLost          a call whose activations cannot be had, with the reason
 """
 
@@ -64,6 +65,10 @@ class CorruptFile(BadRun):
 
 
 class MissingRows(TautapError):
+    pass
+
+
+class BenchFailed(TautapError):
     pass
 
 

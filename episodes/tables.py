@@ -11,8 +11,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from episodes.cast import WARMUPS
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.records import BACKFILL, Call, Link, Pair, Record, Seal
@@ -125,6 +129,27 @@ def index(history: History, layout: Layout, records: Iterable[Record]) -> Iterat
             rows = []
     yield pa.Table.from_pylist(rows, CALLS)
     yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values() if tally.calls], EPISODES)
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What all episodes of a run hold together, columns as in EPISODES. n_episodes: without the warmups."""
+
+    n_episodes: int
+    n_calls: int
+    n_prompt: int
+    n_completion: int
+    n_rows: int
+    n_shared: int
+    n_missing: int
+    n_bytes: int
+
+
+def totals(layout: Layout) -> Totals:
+    """What the run's index adds up to, as of when it was rolled."""
+    names = [name for name in Totals.__struct_fields__ if name != "n_episodes"]
+    table = pq.read_table(layout.episodes, columns=["episode", *names])
+    sums = {name: pc.sum(table[name]).as_py() or 0 for name in names}
+    return Totals(sum(name != WARMUPS for name in table["episode"].to_pylist()), **sums)
 
 
 @dataclass

@@ -156,14 +156,48 @@ class Result(msgspec.Struct, frozen=True, eq=False):
 def read_results(path: Path) -> list[Result]:
     """The entries of a results file; BadInput says what is wrong with it."""
     try:
-        results = msgspec.json.decode(path.read_bytes(), type=list[Result])
+        return parse_results(path.read_bytes(), path.name)
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from None
+
+
+def parse_results(text: bytes, source: str) -> list[Result]:
+    """The entries of a results file of that name; BadInput says what is wrong with it."""
+    try:
+        results = msgspec.json.decode(text, type=list[Result])
     except msgspec.MsgspecError as error:
         raise BadInput(
-            f"{path} is not a results file of tau-bench, a JSON list of task_id, reward, info, traj and trial: {error}"
+            f"{source} is not a results file of tau-bench, a JSON list of task_id, reward, info, traj and trial: "
+            f"{error}"
         ) from None
-    return [msgspec.structs.replace(result, source=path.name) for result in results]
+    return [msgspec.structs.replace(result, source=source) for result in results]
+
+
+class Score(msgspec.Struct, frozen=True):
+    """An entry of a results file without what was said."""
+
+    task_id: int
+    trial: int
+    reward: float
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.reward - 1) <= 1e-6
+
+
+def pass_hat(scores: Iterable[Score]) -> dict[int, float]:
+    """k → the chance that k attempts at a task all pass, averaged over the tasks that were attempted so often.
+
+    source: tau_bench/run.py, display_metrics; arxiv.org/abs/2406.12045
+    """
+    attempts: dict[int, list[bool]] = {}
+    for score in scores:
+        attempts.setdefault(score.task_id, []).append(score.passed)
+    found = {}
+    for k in range(1, max(map(len, attempts.values()), default=0) + 1):
+        rates = [math.comb(sum(a), k) / math.comb(len(a), k) for a in attempts.values() if len(a) >= k]
+        found[k] = sum(rates) / len(rates)
+    return found
 
 
 @dataclass(eq=False)

@@ -8,10 +8,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import click
+from click.core import ParameterSource
 
 from episodes import commands
 from episodes.errors import BadInput, TautapError
@@ -19,6 +21,7 @@ from episodes.layout import Layout
 from episodes.records import Role
 from episodes.wire import Tokens
 from proxy.config import Config
+from proxy.flags import parse, split_url
 
 WORKER = [sys.executable, "-m", "worker"]
 
@@ -147,11 +150,87 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
     MODEL is a Hugging Face name or a directory; without it the embedded SmolLM2-135M-Instruct runs. Flags that are
     not the proxy's go to the worker: see `tautap worker --help`.
     """
-    from proxy.up import run_stack
+    from proxy.up import greet, run_stack
 
     config = settle(f"http://127.0.0.1:{worker_port}", options)
-    command = [*WORKER, *worker_arguments, "--host", "127.0.0.1", "--port", str(worker_port)]
-    sys.exit(asyncio_run(run_stack(config, command)))
+    sys.exit(asyncio_run(run_stack(config, _worker(worker_arguments, worker_port), partial(greet, config))))
+
+
+def _worker(arguments: tuple[str, ...], port: int) -> list[str]:
+    """The command that starts a worker on loopback."""
+    return [*WORKER, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+
+
+class BenchCommand(click.Command):
+    """Keeps what follows `--` for tau-bench; click would give it to the worker."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        at = args.index("--") if "--" in args else len(args)
+        rest = super().parse_args(ctx, args[:at])
+        ctx.params["benchmark_arguments"] = args[at + 1 :]
+        return rest
+
+
+@cli.command(
+    cls=BenchCommand,
+    context_settings={"ignore_unknown_options": True, "show_default": True},
+    short_help="Run tau-bench, record it, join its rewards.",
+)
+@click.option(
+    "--tau-bench", type=click.Path(path_type=Path), metavar="DIR", help="A checkout of it.  [default: the package]"
+)
+@click.option("--python", metavar="EXE", help="tau-bench's interpreter.  [default: DIR/.venv/bin/python, or tautap's]")
+@click.option("--base-url", metavar="URL", help="A proxy that runs already.  [default: start the stack, as `up` does]")
+@click.option("--matrix", type=click.Path(path_type=Path), metavar="FILE", help="Configurations, in TOML.")
+@click.option("--at-once", default=4, type=click.IntRange(1), help="How many configurations run at the same time.")
+@click.option("--key", envvar="OPENAI_API_KEY", default="none", show_envvar=True, help="Bearer key for the proxy.")
+@click.option("--worker-port", default=8001, type=click.IntRange(1, 65535), help="The worker's port on loopback.")
+@proxy_options
+@click.argument(
+    "worker_arguments",
+    nargs=-1,
+    type=click.UNPROCESSED,
+    metavar="[MODEL] [WORKER AND VLLM FLAGS] -- [TAU-BENCH'S FLAGS]",
+)
+@click.pass_context
+def bench(
+    ctx: click.Context, /, tau_bench: Path | None, python: str | None, matrix: Path | None, **options: Any
+) -> None:
+    """Run tau-bench, record it, and join its rewards to what was recorded.
+
+    An unmodified tau-bench, a checkout or an installed package, runs in its own interpreter with the flags after `--`;
+    --platform, --task-ids 1,2,3 and no --user-model are understood too. The run is sealed and joined with the results
+    also if tau-bench fails or Ctrl-C ends it.
+    """
+    from proxy.bench import Bench, Benchmark, plan
+    from proxy.up import attend, run_stack
+
+    at_once, key, port = (options.pop(name) for name in ("at_once", "key", "worker_port"))
+    arguments, flags = options.pop("worker_arguments"), parse(options.pop("benchmark_arguments"))
+    base_url = options.pop("base_url") or "".join(flags.get("base-url", []))
+    if base_url:
+        _refuse_stack(ctx, arguments)
+        base_url, run = split_url(base_url)
+        options["run"] = options["run"] or run
+    config = settle(f"http://127.0.0.1:{port}", options)
+    benchmark = Benchmark.at(tau_bench, python, sys.executable)
+    evals = plan(flags, matrix, config, benchmark, own=not base_url)
+    running = Bench(benchmark, evals, at_once, key, dict(os.environ))
+    job = partial(running.run, base_url or f"http://{config.host}:{config.port}")
+    doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), job)
+    sys.exit(asyncio_run(doing) or int(running.failed))  # Ctrl-C may come before the job begins
+
+
+def _refuse_stack(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+    """BadInput for what says how to start a stack when none is started."""
+    ours = {"worker_port", *(p.name for p in proxy.params)} - {"run"}
+    given = [p.opts[0] for p in ctx.command.params if p.name in ours and _given(ctx, p.name)]
+    if arguments or given:
+        raise BadInput(f"{' '.join([*given, *arguments])}: not with --base-url, where the stack runs already")
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def settle(backend: str, options: dict[str, Any]) -> Config:

@@ -23,9 +23,12 @@ from episodes.errors import CaptureLost, CorruptFile, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
+from episodes.run import open_run
 from episodes.store import Store
-from episodes.taubench import TauBench
+from episodes.tables import Totals, totals
+from episodes.taubench import Links, Result, TauBench, find_links
 from episodes.threads import Place
+from episodes.wire import DTYPE_CODES, DTYPES
 from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
@@ -34,6 +37,7 @@ logger = logging.getLogger("tautap.proxy")
 
 CLAIMS_AT_ONCE = 16
 PENDING_LIMIT = 4096
+SETTLE_S = 30.0
 
 T = TypeVar("T")
 
@@ -53,7 +57,12 @@ class Recording:
         self._n_lost = 0
         self._backfill = Backfill(store, backend, self._on_disk) if backfill else None
         self._described = False
+        # What this process has recorded: calls, tokens, rows, bytes of vectors.
+        self.counts: Counter[str] = Counter()
         self._pending: Counter[str] = Counter()
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._sealing = asyncio.Lock()
         self._touched: dict[str, float] = {}
         self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,6 +105,7 @@ class Recording:
         """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
         place = self._cast.place(call, messages, part, episode, retried)
         self._pending[place.thread] += 1
+        self._settled.clear()
         return place
 
     def replied(self, place: Place, replies: list[JSON]) -> None:
@@ -112,7 +122,8 @@ class Recording:
         try:
             if claim:
                 call = await self._claim(call)
-            await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
+            call = await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
+            self._count(call)
             if claim:
                 await self._backend.forget(call.id)
         except Exception as error:
@@ -121,6 +132,15 @@ class Recording:
         finally:
             self._pending[call.thread] -= 1
             self._touched[call.thread] = time.monotonic()
+            if not any(self._pending.values()):
+                self._settled.set()
+
+    def _count(self, call: Call) -> None:
+        model = self._store.run.recorded
+        row_bytes = len(call.points) * model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
+        self.counts.update(
+            calls=1, tokens=call.n_prompt + call.n_completion, rows=call.n_kept, bytes=call.n_kept * row_bytes
+        )
 
     async def _claim(self, call: Call) -> Call:
         async with self._slots:
@@ -138,13 +158,13 @@ class Recording:
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
-    def _commit(self, call: Call, foreign: bytes | None) -> None:
+    def _commit(self, call: Call, foreign: bytes | None) -> Call:
         """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound."""
         draft = self._store.draft(call.id)
         try:
-            self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
+            return self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
         except CorruptFile as error:
-            self._store.commit(self._lost(call, str(error)), None, foreign)
+            return self._store.commit(self._lost(call, str(error)), None, foreign)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -152,7 +172,10 @@ class Recording:
         """Note which threads make up which episode, and seal those where none has a call under way or had one for
         `idle_s`. One that fails is tried again later.
         """
-        since = time.monotonic() - idle_s
+        async with self._sealing:
+            await self._seal(time.monotonic() - idle_s)
+
+    async def _seal(self, since: float) -> None:
         for group in self._cast.groups():
             try:
                 await self._on_disk(self._store.pair, group, self._cast.dialect.name)
@@ -191,6 +214,24 @@ class Recording:
             self._touched.pop(thread, None)
             del self._pending[thread]
 
+    async def finish(self) -> Totals:
+        """Wait for the calls that are under way, a while for those that have no reply yet; seal every episode that is
+        quiet then, and roll the index. The run goes on. Returns what it holds.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), SETTLE_S)
+        await self.seal(0)
+        await self._on_disk(self._store.roll)
+        return await asyncio.to_thread(totals, self._store.layout)
+
+    async def link(self, results: list[Result], env: str | None, split: str | None) -> tuple[Links, int]:
+        """Join a benchmark's results to the run's episodes; returns what was found and how much of it is new."""
+        run = await asyncio.to_thread(open_run, self._store.layout.root)
+        found = await asyncio.to_thread(find_links, run.history, results, env, split)
+        n_new = await self._on_disk(self._store.link, found.links)
+        await self._on_disk(self._store.roll)
+        return found, n_new
+
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index."""
         while self._tasks:
@@ -208,7 +249,7 @@ class Recorder:
     """The runs that a proxy writes, opened as they are named, and the task that seals what has gone quiet."""
 
     def __init__(self, config: Config, backend: Backend) -> None:
-        self._config = config
+        self.config = config
         self._backend = backend
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
@@ -222,19 +263,23 @@ class Recorder:
 
     async def run(self, name: str | None) -> Recording:
         """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
-        name = check_name("run", name or self._config.run)
+        name = check_name("run", name or self.config.run)
         if name not in self._runs:
             async with self._opening:
                 if name not in self._runs:
-                    layout = Layout(self._config.data / name)
-                    opened = await Recording.open(layout, self._config, self._backend, self._slots)
+                    layout = Layout(self.config.data / name)
+                    opened = await Recording.open(layout, self.config, self._backend, self._slots)
                     self._runs[name] = opened
         recording = self._runs[name]
         await recording.describe()
         return recording
 
+    def opened(self, name: str) -> Recording | None:
+        """The run of that name if it is being written."""
+        return self._runs.get(name)
+
     async def _seal_when_quiet(self) -> None:
-        idle_s = self._config.episode_idle_s
+        idle_s = self.config.episode_idle_s
         while True:
             await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
             for recording in list(self._runs.values()):

@@ -3,6 +3,7 @@
 /v1/…                      the worker's own API; generation calls are recorded
 /runs/<run>/v1/…           the same, recorded into that run
 /episodes/<id>/v1/…        the same, as calls of that episode (so does a header `X-Episode-Id: <id>`)
+/tautap/runs/<run>         `proxy.admin`
 /health/live /health/ready
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import aiohttp
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from episodes import messages
 from episodes.errors import BadInput, BadRun
@@ -28,6 +30,7 @@ from episodes.messages import JSON
 from episodes.records import Call, Role
 from episodes.threads import Place
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
+from proxy import admin
 from proxy.backend import Backend
 from proxy.config import Config
 from proxy.recorder import Recorder, Recording
@@ -94,10 +97,11 @@ class Proxy:
         self._recorder: Recorder
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=BODY_LIMIT)
+        app = web.Application(client_max_size=BODY_LIMIT, middlewares=[_in_openai_shape])
         app.cleanup_ctx.append(self._run)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
+        app.add_routes(admin.routes())
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
 
@@ -108,7 +112,7 @@ class Proxy:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
             self._backend = Backend(self._config, session)
-            self._recorder = Recorder(self._config, self._backend)
+            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend)
             try:
                 await self._recorder.start()
                 yield
@@ -129,17 +133,10 @@ class Proxy:
         path = match["path"] if match else ""
         if match is None or path.startswith("/v1/activations"):
             return _error(404, f"{request.path} is not served here: the API is under /v1", "not_found")
-        try:
-            if request.method == "POST" and path in GENERATION_PATHS:
-                episode = match["episode"] or request.headers.get("X-Episode-Id")
-                return await self._generate(request, path, match["run"], episode)
-            return await self._forward(request, path)
-        except BadInput as error:
-            return _error(400, str(error), "invalid_request_error")
-        except BadRun as error:
-            return _error(409, str(error), "run_unusable")
-        except web.HTTPRequestEntityTooLarge:
-            return _error(413, f"the request body is larger than {BODY_LIMIT} bytes", "request_too_large")
+        if request.method == "POST" and path in GENERATION_PATHS:
+            episode = match["episode"] or request.headers.get("X-Episode-Id")
+            return await self._generate(request, path, match["run"], episode)
+        return await self._forward(request, path)
 
     async def _forward(self, request: web.Request, path: str) -> web.StreamResponse:
         """Pass a request that is not recorded through, the reply chunk by chunk."""
@@ -299,6 +296,19 @@ def _retried(request: web.Request) -> bool | None:
     """Whether the OpenAI SDK says that it sends a request again; None if it says nothing, as other clients do."""
     count = request.headers.get("x-stainless-retry-count")
     return None if count is None else count != "0"
+
+
+@web.middleware
+async def _in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give each of our errors its status."""
+    try:
+        return await handler(request)
+    except BadInput as error:
+        return _error(400, str(error), "invalid_request_error")
+    except BadRun as error:
+        return _error(409, str(error), "run_unusable")
+    except web.HTTPRequestEntityTooLarge:
+        return _error(413, f"the request body is larger than {BODY_LIMIT} bytes", "request_too_large")
 
 
 def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> web.Response:

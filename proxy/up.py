@@ -7,7 +7,9 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from rich.console import Console
@@ -21,8 +23,15 @@ STOP_S = 30.0
 REPORT_S = 10.0
 
 
-async def run_stack(config: Config, command: list[str]) -> int:
-    """Run both until a signal comes or the worker ends; returns the exit code."""
+# What is done while both run, given an event that says when to stop; it returns the exit code.
+Job = Callable[[asyncio.Event], Awaitable[int]]
+
+
+async def run_stack(config: Config, command: list[str], job: Job) -> int:
+    """Run both until the job is done; returns the exit code.
+
+    When a signal comes or the worker ends, the job is told, and may still use the proxy until it is done.
+    """
     stop = stopper()
     console = Console(stderr=True)
     log = config.data / config.run / "worker.log"
@@ -42,16 +51,35 @@ async def run_stack(config: Config, command: list[str]) -> int:
     try:
         if not await _loaded(config.backend, ended, stop, console, log):
             return _report(worker.returncode, stop, console, log)
-        proxy = asyncio.create_task(serve(config, stop, ready := asyncio.Event()))
-        await _first(proxy, asyncio.create_task(ready.wait()))
-        if ready.is_set():
-            _greet(config, console)
-        await _first(proxy, ended)
-        stop.set()
-        await proxy
-        return _report(worker.returncode, stop, console, log) if ended.done() else 0
+        code = await _with_proxy(config, stop, ended, job)
+        return _report(worker.returncode, stop, console, log) if ended.done() else code
     finally:
-        await _end(worker, ended)
+        await end(worker, ended)
+
+
+async def attend(job: Job) -> int:
+    """Do the job with a proxy that somebody else started; returns its exit code."""
+    return await job(stopper())
+
+
+async def _with_proxy(config: Config, stop: asyncio.Event, ended: asyncio.Task[int], job: Job) -> int:
+    """Do the job while a proxy serves; returns its exit code. ended: the worker's end, which is the job's."""
+    over, ready = asyncio.Event(), asyncio.Event()
+    proxy = asyncio.create_task(serve(config, over, ready))
+    waiting = asyncio.create_task(ready.wait())
+    await _first(proxy, waiting)
+    waiting.cancel()
+    code = 0
+    try:
+        if ready.is_set():
+            doing = asyncio.ensure_future(job(stop))
+            await _first(proxy, ended, doing)
+            stop.set()
+            code = await doing
+    finally:
+        over.set()
+        await proxy
+    return code
 
 
 async def _loaded(backend: str, ended: asyncio.Task[int], stop: asyncio.Event, console: Console, log: Path) -> bool:
@@ -79,9 +107,10 @@ async def _healthy(backend: str) -> bool:
     return False
 
 
-def _greet(config: Config, console: Console) -> None:
+async def greet(config: Config, stop: asyncio.Event) -> int:
+    """The job of `tautap up`: say where the proxy is, and wait."""
     url = f"http://{config.host}:{config.port}/v1"
-    console.print(
+    Console(stderr=True).print(
         f"[bold]{url}[/bold] is ready; recording into [bold]{config.data / config.run}[/bold]\n\n"
         "tau-bench, from its checkout:\n"
         f"  OPENAI_BASE_URL={url} OPENAI_API_KEY=none python run.py --env retail --model MODEL \\\n"
@@ -90,6 +119,8 @@ def _greet(config: Config, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    await stop.wait()
+    return 0
 
 
 def _report(code: int | None, stop: asyncio.Event, console: Console, log: Path) -> int:
@@ -103,16 +134,16 @@ def _report(code: int | None, stop: asyncio.Event, console: Console, log: Path) 
     return code if code > 0 else 1
 
 
-async def _first(*tasks: asyncio.Task[object]) -> None:
+async def _first(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _end(worker: asyncio.subprocess.Process, ended: asyncio.Task[int]) -> None:
-    """Stop the worker and whatever it started."""
+async def end(process: asyncio.subprocess.Process, ended: asyncio.Task[int]) -> None:
+    """Stop a process that leads a session of its own, and whatever it started."""
     if not ended.done():
-        worker.terminate()
+        process.terminate()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(ended), STOP_S)
     with contextlib.suppress(ProcessLookupError):  # its process group: engine processes that outlived it
-        os.killpg(worker.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     await ended

@@ -79,6 +79,22 @@ def test_a_repeat_after_a_good_reply_is_an_attempt_once_the_talk_is_under_way():
     assert talk.ask([*messages, said("three"), user("c")]).turn == 2
 
 
+def test_a_conversation_repeated_word_for_word_is_another_one_to_its_end():
+    """A second trial at temperature 0: its last turn is no attempt of the first trial's, which got its reply."""
+    talk = Talk()
+    turns = [
+        [user("a")],
+        [user("a"), said("one"), user("b")],
+        [user("a"), said("one"), user("b"), said("two"), user("c")],
+    ]
+    replies = ("one", "two", "end")
+    trials = [[talk.ask(messages, reply) for messages, reply in zip(turns, replies, strict=True)] for _ in range(3)]
+    assert len({trial[0].thread for trial in trials}) == 3
+    for trial in trials:
+        assert len({place.thread for place in trial}) == 1
+        assert [(place.turn, place.attempt, place.kind) for place in trial] == [(n, 0, "turn") for n in range(3)]
+
+
 def test_any_choice_can_be_continued():
     talk = Talk()
     first = talk.ask([user("a")], ["one", "two"])
