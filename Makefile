@@ -19,7 +19,13 @@ $(VENV)/ready: pyproject.toml
 demo: setup
 	$(BIN)/python benchmarks/demo.py
 
-test: setup
+# Inspect AI's packages do not go with litellm's.
+$(VENV)/inspect/ready:
+	$(PYTHON) -m venv $(VENV)/inspect
+	$(VENV)/inspect/bin/pip install --quiet inspect_ai 'openai>=3.4'
+	touch $@
+
+test: setup $(VENV)/inspect/ready
 	$(BIN)/pytest
 
 lint: setup

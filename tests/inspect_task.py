@@ -1,4 +1,4 @@
-"""A task of twenty questions for Inspect AI, with a scorer of its own; `python -m tests.inspect_task MODEL LOGS`.
+"""A task of twenty questions for Inspect AI, with a scorer of its own; `python inspect_task.py MODEL LOGS`.
 
 The server is the one that TAUTAP_BASE_URL names, as for every provider that is compatible with OpenAI.
 """

@@ -1,22 +1,28 @@
-"""A client of another kind: Inspect AI, unchanged and unconfigured but for the base URL."""
+"""A client of another kind: Inspect AI, unchanged and unconfigured but for the base URL.
 
-import importlib.util
+It runs in an environment of its own, which `make test` sets up: its packages do not go with litellm's.
+"""
+
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from episodes.verify import problems
 from tests.stub import MODEL
 
+INSPECT = Path(sys.prefix, "inspect", "bin", "python")
+TASK = Path(__file__).with_name("inspect_task.py")
 
-@pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
+
+@pytest.mark.skipif(not INSPECT.exists(), reason="Inspect AI has no environment: make test sets one up")
 def test_inspect_gets_an_episode_a_sample(proxy, tmp_path):
     """Twenty samples of one turn: twenty episodes of one call, each with its rows and the completion Inspect scored."""
     env = os.environ | {"TAUTAP_BASE_URL": f"{proxy.url}/v1", "TAUTAP_API_KEY": "none"}
-    command = [sys.executable, "-m", "tests.inspect_task", MODEL, str(tmp_path / "logs")]
+    command = [INSPECT, TASK, MODEL, tmp_path / "logs"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     answers = json.loads(done.stdout.splitlines()[-1])
