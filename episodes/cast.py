@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 from episodes.matching import match, ties
@@ -153,7 +154,8 @@ class Cast:
         self._recognised |= part.role != "agent"
         if not self._recognised and not retried:
             retried = None  # many a client that is no benchmark retries by itself, and its SDK does not know
-        place = self._threads.place(call, messages, episode, retried)
+        told = self.dialect.told(part, messages) if messages else None
+        place = self._threads.place(call, messages, episode, retried, lambda thread: self._awaits(thread, told))
         self._take(place, messages or [], part, episode is not None)
         return place
 
@@ -208,6 +210,17 @@ class Cast:
             if conversation not in actor.watched:
                 actor.watched[conversation] = 0
                 self._watched.setdefault(conversation, []).append(actor)
+
+    def _awaits(self, thread: str, told: str | None) -> bool:
+        """Whether the other side may just have said this to a thread."""
+        actor, text = self._actors.get(thread), hash(told)
+        if actor is None or told is None:
+            return False
+        others = [other for other in self._actors.values() if other.said and text in other.said[-1].texts]
+        if actor.part.role == "agent":
+            users = (other for other in others if other.part.role == "user" and len(other.said) > len(actor.told))
+            return any(fits(actor, user, 0, True) for user in users)
+        return any(fits(other, actor, 1, True) for other in others if other.part.role == "agent")
 
     def _attach(self, supervisor: Actor, messages: list[JSON]) -> None:
         """Find whom a supervisor watches: the conversation it is shown, with the reply, that has been watched least."""
@@ -274,45 +287,56 @@ def _group(episode: str, actors: list[Actor], tied: list[Actor]) -> Group:
 def _pairs(actors: list[Actor]) -> tuple[dict[Actor, Actor], dict[Actor, list[Actor]]]:
     """agent → user, and agent → users that it could have just as well.
 
-    First where all that was said has arrived; then where an agent's last word has not yet, or never will.
+    First where all that was said has arrived, then where an agent's last word has not yet, or never will; and where
+    nothing fits, without regard to time: of threads that were the same, one may have been given the other's next call.
     """
     pairs: dict[Actor, Actor] = {}
     tied: dict[Actor, list[Actor]] = {}
-    for n_open in (0, 1):
+    for n_open, timed in product((0, 1), (True, False)):
         settled = {*pairs, *pairs.values()}
         left = [actor for actor in actors if actor not in settled]
         agents = [actor for actor in left if actor.part.role == "agent" and actor.told]
-        fitting = candidates(agents, [actor for actor in left if actor.part.role == "user" and actor.said], n_open)
+        users = [actor for actor in left if actor.part.role == "user" and actor.said]
+        fitting = candidates(agents, users, n_open, timed)
         found = match(fitting)
         taken = {user: agent for agent, user in found.items()}
         pairs |= found
-        tied |= {agent: ties(agent, fitting, taken) for agent in found}
+        for agent in found:
+            tied[agent] = ties(agent, fitting, taken) if timed else _like(found[agent], pairs.values())
     return pairs, tied
 
 
-def fits(agent: Actor, user: Actor, n_open: int) -> bool:
-    """Whether the two can have spoken with each other: each was told what the other had said by then.
+def _like(user: Actor, users: Iterable[Actor]) -> list[Actor]:
+    """The users that began as this one did."""
+    texts = user.said[0].texts
+    return [other for other in users if other is not user and other.said[0].texts & texts]
+
+
+def fits(agent: Actor, user: Actor, n_open: int, timed: bool) -> bool:
+    """Whether the two can have spoken with each other: each was told what the other had said, by then if `timed`.
 
     n_open: how much the agent has said that the user was not told
     """
     if len(agent.said) - len(user.told) != n_open:
         return False
-    return _answers(agent.told, user.said) and _answers(user.told, agent.said)
+    return _answers(agent.told, user.said, timed) and _answers(user.told, agent.said, timed)
 
 
-def _answers(told: list[Told], said: list[Said]) -> bool:
+def _answers(told: list[Told], said: list[Said], timed: bool) -> bool:
+    # From the end: openings are what conversations share.
     return len(told) <= len(said) and all(
-        s.at < t.at and t.text in s.texts for t, s in zip(reversed(told), reversed(said[: len(told)]), strict=True)
+        t.text in s.texts and (s.at < t.at or not timed)
+        for t, s in zip(reversed(told), reversed(said[: len(told)]), strict=True)
     )
 
 
-def candidates(agents: list[Actor], users: list[Actor], n_open: int) -> dict[Actor, list[Actor]]:
+def candidates(agents: list[Actor], users: list[Actor], n_open: int, timed: bool) -> dict[Actor, list[Actor]]:
     """agent → the users that fit it, first come first."""
     opened: dict[int, list[Actor]] = {}
     for user in sorted(users, key=lambda user: user.said[0].at):
         for text in user.said[0].texts:
             opened.setdefault(text, []).append(user)
     return {
-        agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user, n_open)]
+        agent: [user for user in opened.get(agent.told[0].text, []) if fits(agent, user, n_open, timed)]
         for agent in sorted(agents, key=lambda agent: agent.told[0].at)
     }

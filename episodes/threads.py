@@ -2,11 +2,12 @@
 
 A call continues the thread whose last call it extends: that call's messages, the reply it got, and whatever follows.
 Conversations that look the same are told apart one to one: a thread that has been continued waits no more until its
-own reply is there. What does not continue a reply is, in this order of evidence,
+own reply is there; among several that wait for the same, the caller may know which is meant, else it is the one that
+has waited longest. What does not continue a reply is, in this order of evidence,
 
 - `retry`: the same messages again, of a call that failed, or that an SDK says it repeats
-- `reask`: the same messages again though the reply was good: the reply was rejected. Unless `rejected` said so, a first
-  call repeated is another conversation, and a later one the next turn of another that looks the same and waits
+- `reask`: the same messages again though the reply was good: the reply was rejected. A first call repeated is another
+  conversation unless `rejected` said otherwise
 - `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
   After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
 """
@@ -14,6 +15,7 @@ own reply is there. What does not continue a reply is, in this order of evidence
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,15 +71,21 @@ class Threads:
         return len(self._threads)
 
     def place(
-        self, call: str, messages: list[JSON] | None, episode: str | None = None, retried: bool | None = None
+        self,
+        call: str,
+        messages: list[JSON] | None,
+        episode: str | None = None,
+        retried: bool | None = None,
+        meant: Callable[[str], bool] = lambda thread: False,
     ) -> Place:
         """Where a new call belongs. messages: None for an endpoint that has none. episode: as the client named it.
 
-        retried: whether the client says that it repeats a call; None if it says nothing
+        retried: whether the client says that it repeats a call; None if it says nothing. meant: whether a thread, of
+        several that it could be, is known to be the one
         """
         with self._lock:
             digests = list(prefix_digests(messages)) if messages else []
-            thread, kind = self._find(digests, messages or [], episode, retried)
+            thread, kind = self._find(digests, messages or [], episode, retried, meant)
             if thread is None:
                 thread = self._threads[f"t-{call}"] = Thread(f"t-{call}", episode or f"t-{call}", episode)
             self._forget(thread)
@@ -119,7 +127,12 @@ class Threads:
                 self._forget(found)
 
     def _find(
-        self, digests: list[int], messages: list[JSON], scope: str | None, retried: bool | None
+        self,
+        digests: list[int],
+        messages: list[JSON],
+        scope: str | None,
+        retried: bool | None,
+        meant: Callable[[str], bool],
     ) -> tuple[Thread | None, Kind]:
         """The thread that a call belongs to and what it is there, in order of evidence; None for a new one."""
         if not digests:
@@ -127,27 +140,18 @@ class Threads:
         same = [t for t in self._asked.get((scope, digests[-1]), []) if t.end == digests[-1]]
         if announced := self._announced(same, retried):
             return announced
+        beside = None
         for n in range(len(digests), 0, -1):
             key = (scope, digests[n - 1])
-            if key in self._waiting:
-                return self._waiting[key][0], "turn"  # the one waiting longest
-            for thread in self._asked.get(key, []):
-                if n == len(digests):
-                    kind = self._unannounced(thread, digests[-1], retried)
-                    if kind == "reask" and (other := self._extended(digests, scope)):
-                        return other, "turn"
-                elif thread.asked == digests[n - 1] and messages[n].get("role") != "assistant":
-                    kind = self._beside(thread)
-                else:
-                    kind = None
-                if kind is not None:
-                    return thread, kind
-        return None, "turn"
-
-    def _extended(self, digests: list[int], scope: str | None) -> Thread | None:
-        """The thread that waits for a conversation to go on as this one does; None if none does."""
-        waiting = (self._waiting.get((scope, digest)) for digest in reversed(digests))
-        return next((threads[0] for threads in waiting if threads), None)
+            waiting = self._waiting.get(key)
+            if waiting:
+                known = (thread for thread in waiting if len(waiting) > 1 and meant(thread.id))
+                return next(known, waiting[0]), "turn"
+            if n < len(digests) and messages[n].get("role") != "assistant":
+                beside = self._beside(key)
+            if beside is not None:
+                break
+        return self._unannounced(same, retried) or beside or (None, "turn")
 
     @staticmethod
     def _announced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
@@ -157,20 +161,21 @@ class Threads:
         return next(((thread, "reask") for thread in same if thread.rejected), None)
 
     @staticmethod
-    def _unannounced(thread: Thread, digest: int, retried: bool | None) -> Kind | None:
-        """What the same messages again are to a thread when nothing else announced them."""
-        if thread.end != digest or thread.busy:
-            return None
-        if thread.failed:
-            return None if retried is False and thread.turn == 0 else "retry"
-        return "reask" if thread.turn > 0 else None
+    def _unannounced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
+        """A repeat of which there is no sign but that nothing else fits."""
+        for thread in same:
+            if thread.failed and not (retried is False and thread.turn == 0):
+                return thread, "retry"
+            if thread.n_good and not thread.busy and not thread.failed and thread.turn > 0:
+                return thread, "reask"
+        return None
 
-    @staticmethod
-    def _beside(thread: Thread) -> Kind | None:
-        """What more than its messages, but not its reply, are to a thread."""
-        if thread.busy or not thread.n_good:
-            return None
-        return "turn" if thread.reasked else "branch"
+    def _beside(self, key: Key) -> tuple[Thread, Kind] | None:
+        """A thread whose last turn these messages begin with, something else than its reply behind it."""
+        for thread in self._asked.get(key, []):
+            if thread.asked == key[1] and thread.n_good and not thread.busy:
+                return thread, "turn" if thread.reasked else "branch"
+        return None
 
     @staticmethod
     def _asked_keys(thread: Thread) -> set[Key]:

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,7 +99,7 @@ class Player:
 
     def ask(self, messages: list[JSON], reply: JSON, truth: JSON, **options: Any) -> JSON:
         """One call; returns the reply's message as tau-bench keeps it."""
-        import litellm
+        import litellm  # here, and not where pytest would see it: it warns
 
         response = litellm.completion(
             model=self.model,
@@ -260,6 +261,10 @@ class Playing:
 
 
 if __name__ == "__main__":
+    with suppress(
+        ImportError
+    ):  # litellm imports it when it first needs it, which may not happen in two threads at once
+        import httpx2  # noqa: F401
     work = json.load(sys.stdin)
     player = Player(work["url"], work["model"])
     for tasks in work["trials"]:

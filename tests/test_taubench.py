@@ -40,9 +40,12 @@ def real_tasks(path=REAL):
 
 
 def make_task(number, trial, rng, **how):
-    """A trajectory out of few words, so that many openings and replies are the same."""
-    words = ["Yes.", "Hi!", "No.", "Thanks.", "My id is 7."]
-    traj = [{"role": "system", "content": POLICY}, {"role": "user", "content": rng.choice(words)}]
+    """A trajectory, out of few words. Openings are often the same; what comes later is not, so that it can be said of
+    each call where it belongs. `test_cast.py` is about those that nobody can tell apart.
+    """
+    openings = ["Hi!", "Hello, it is about a flight."]
+    words = [f"{word} ({number}, {trial})" for word in ("Yes.", "No.", "My id is 7.")]
+    traj = [{"role": "system", "content": POLICY}, {"role": "user", "content": rng.choice(openings)}]
     for _ in range(rng.randint(1, 4)):
         for _ in range(rng.randint(0, 2)):
             function = {"name": "look", "arguments": json.dumps({"at": rng.choice("abc")})}

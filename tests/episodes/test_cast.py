@@ -1,0 +1,178 @@
+"""Who speaks with whom, in any order in which it can have happened."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from episodes.cast import WARMUPS, Cast, Dialect
+from episodes.taubench import TauBench
+
+HI = {"role": "user", "content": "Hi! How can I help you today?"}
+POLICY = {"role": "system", "content": "# Retail agent policy"}
+
+
+def prompt(instruction):
+    return {
+        "role": "system",
+        "content": f"You are a user interacting with an agent.\n\nInstruction: {instruction}\n\nRules:\n- x",
+    }
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+class World:
+    """Conversations of tau-bench, a step of one at a time, fed to a cast; `truth` knows whose each thread is.
+
+    A script is (instruction, lines): what the user says, the agent responds, the user says, …
+    """
+
+    def __init__(self, scripts, dialect=None):
+        self.cast = Cast(dialect or TauBench())
+        self.scripts = scripts
+        self.n = 0
+        self.histories = {}
+
+    def ask(self, messages, reply, failures=0):
+        for attempt in range(failures + 1):
+            self.n += 1
+            part = self.cast.dialect.part(messages)
+            place = self.cast.place(f"c{self.n}", messages, part, retried=attempt > 0)
+            good = attempt == failures
+            yield
+            self.cast.replied(place, [said(reply)] if good else [])
+            self.histories.setdefault(place.thread, []).append(
+                (place.turn, place.attempt, place.kind, [*messages], reply if good else None)
+            )
+            yield
+
+    def play(self, script, failures):
+        instruction, lines = script
+        user, agent = [prompt(instruction), HI], [POLICY]
+        for i, line in enumerate(lines):
+            yield from self.ask(agent if i % 2 else user, line, next(failures, 0))
+            speaker, listener = (agent, user) if i % 2 else (user, agent)
+            speaker.append(said(line))
+            listener.append({"role": "user", "content": line})
+
+    def run(self, order, failures=()):
+        """Step the conversations in the order of these numbers, then the rest one after another."""
+        failing = iter(failures)
+        playing = [self.play(script, failing) for script in self.scripts]
+        for number in order:
+            if playing:
+                one = playing[number % len(playing)]
+                if next(one, "over") == "over":
+                    playing.remove(one)
+        for one in playing:
+            for _ in one:
+                pass
+
+
+WORDS = st.sampled_from(["Yes.", "Hi!", "No."])
+SCRIPTS = st.lists(
+    st.tuples(st.sampled_from(["buy", "sell"]), st.lists(WORDS, min_size=3, max_size=9).filter(lambda x: len(x) % 2)),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(SCRIPTS, st.lists(st.integers(0, 99), max_size=200), st.lists(st.integers(0, 2), max_size=20))
+def test_threads_and_pairs_are_whole_conversations_however_they_interleave(scripts, order, failures):
+    """Few words, few tasks, so that openings and whole conversations are the same; some calls fail and are repeated.
+
+    Up to an exchange of what nobody can tell apart: the episodes, read one by one, are the conversations played.
+    """
+    world = World(scripts)
+    world.run(order, failures)
+    found = sorted(map(str, (episode(world, group) for group in world.cast.groups())))
+    assert found == sorted(str((instruction, lines)) for instruction, lines in scripts)
+
+
+def episode(world, group):
+    """An episode's (instruction, lines), read off its threads' last calls; every turn of both must be there once."""
+    agent, user = (world.histories[thread] for thread in group.threads)
+    for history in (agent, user):
+        turns = [(turn, attempt) for turn, attempt, *_ in history]
+        assert turns == sorted(turns) and [turn for turn, *_, reply in history if reply] == list(
+            range(turns[-1][0] + 1)
+        )
+        assert all(kind == ("retry" if attempt else "turn") for _, attempt, kind, *_ in history)
+    heard = [m["content"] for m in agent[-1][3] if m["role"] != "system"]
+    told = [m["content"] for m in user[-1][3] if m["role"] != "system"][1:]
+    assert heard == told[: len(heard)] or told == heard[: len(told)]
+    last = user[-1][3]
+    lines = max(heard, told, key=len)
+    instruction = last[0]["content"].split("Instruction: ")[1].split("\n")[0]
+    return instruction, [*lines, user[-1][-1]]
+
+
+def test_conversations_that_cannot_be_told_apart_are_reported_as_tied():
+    world = World([("buy", ["Hi!", "Yes.", "Bye."])] * 2)
+    world.run([0, 1] * 20)
+    groups = world.cast.groups()
+    assert [len(group.threads) for group in groups] == [2, 2]
+    assert [group.tied for group in groups] == [[groups[1].threads[1]], [groups[0].threads[1]]]
+
+
+def test_the_same_conversations_one_after_the_other_are_no_tie():
+    """No one is told what has not been said yet."""
+    world = World([("buy", ["Hi!", "Yes.", "Bye."])] * 3)
+    world.run([])
+    assert [group.tied for group in world.cast.groups()] == [[], [], []]
+
+
+def test_a_pair_changes_when_the_exchange_shows_that_it_was_another():
+    world = World([])
+    buyer, seller = [prompt("buy"), HI], [prompt("sell"), HI]
+    for messages in (buyer, seller):
+        list(world.ask(messages, "Hi!"))
+    first, second = ([POLICY, {"role": "user", "content": "Hi!"}] for _ in range(2))
+    list(world.ask(first, "A?"))
+    list(world.ask(second, "B?"))
+    before = {frozenset(group.threads) for group in world.cast.groups()}
+    assert before == {frozenset({"t-c3", "t-c1"}), frozenset({"t-c4", "t-c2"})}
+    list(world.ask([*seller, said("Hi!"), {"role": "user", "content": "A?"}], "No."))
+    after = {frozenset(group.threads) for group in world.cast.groups()}
+    assert after == {frozenset({"t-c3", "t-c2"}), frozenset({"t-c4", "t-c1"})}
+
+
+def test_warm_ups_and_those_who_watch_them_are_in_no_task():
+    world = World([])
+    warm_up = [{"role": "system", "content": "You are a user interacting with an agent.\nRules:\n- x"}, HI]
+    list(world.ask(warm_up, "Hello"))
+    shown = f"System: {warm_up[0]['content']}\nCustomer: {HI['content']}"
+    asked = "You are a supervisor of the Agent in the conversation.\n# Transcript:\n" + shown + "\n\n# Response:\nHello"
+    list(world.ask([{"role": "user", "content": asked}], "true"))
+    assert [(group.episode, group.threads) for group in world.cast.groups()] == [(WARMUPS, ["t-c1", "t-c2"])]
+
+
+def test_a_client_that_is_no_benchmark_gets_an_episode_a_thread():
+    for dialect in (TauBench(), Dialect()):
+        world = World([], dialect)
+        for question in ("2 + 2?", "3 + 3?", "2 + 2?"):
+            list(world.ask([{"role": "user", "content": question}], "4"))
+        groups = world.cast.groups()
+        assert [group.episode for group in groups] == [group.threads[0] for group in groups] == ["t-c1", "t-c2", "t-c3"]
+        assert all(group.user_strategy is None and not group.tied for group in groups)
+
+
+def test_what_is_closed_is_forgotten():
+    world = World([("buy", ["Hi!", "Yes.", "Bye."])])
+    world.run([])
+    for group in world.cast.groups():
+        world.cast.close(group.threads)
+    assert len(world.cast) == 0 and not world.cast._watched and not world.cast._threads
+
+
+def test_a_named_episode_wins_over_what_the_messages_say():
+    cast = Cast(TauBench())
+    messages = [prompt("buy"), HI]
+    place = cast.place("c1", messages, cast.dialect.part(messages), "mine")
+    cast.replied(place, [said("Hi!")])
+    heard = [POLICY, {"role": "user", "content": "Hi!"}]
+    cast.place("c2", heard, cast.dialect.part(heard))
+    assert [(g.episode, g.threads, g.placed) for g in cast.groups()] == [
+        ("t-c2", ["t-c2"], ["t-c2"]),
+        ("mine", ["t-c1"], []),
+    ]
