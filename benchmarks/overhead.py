@@ -1,166 +1,191 @@
-"""What capture costs: agent-like traffic through stock vLLM and through our worker, in one run, as a ratio.
+"""What capture costs: agent traffic through stock vLLM, our worker and the alternatives, in one run, as ratios.
 
-8 conversations at once, 6 turns each, on the embedded model. The servers take turns (stock, ours, stock, ours), and
-ours alternates rounds with capture on and off, so that a machine that speeds up or slows down does so for all three.
-Rows are claimed and deleted while the traffic runs, as the proxy does. Wall and CPU seconds are medians of all rounds.
+    python benchmarks/overhead.py [RESULTS] [--columns stock,off,3] [--blocks 2] [--rounds 3]
 
-    python benchmarks/overhead.py [--blocks 2] [--rounds 3]
+RESULTS is a tau-bench results file: its trajectories are replayed, 8 episodes at once; without one, made-up ones are.
+Every round has a system prompt that no server has seen. The embedded model answers each call with 32 tokens, which are
+thrown away: the recorded reply goes into the next prompt, so that every server gets the same traffic.
+
+The servers take turns, in blocks, and columns of one server alternate round by round, so that a machine that speeds up
+or slows down does so for all. Rows are claimed, stored and deleted at the worker while the traffic runs, as the proxy
+does. `ratio` is to the median of stock vLLM with the same flags, `compiled` for itself and `aux`, eager for all others;
+`to off` is to our own worker with capture off for the call, in the same process. `saving` is by how much storing every
+token of every call would have been more. The worker of `off`, `3` and `all` has all its layers instrumented.
+
+`edit` is nnsight's own runner in vLLM's API server, with a block that saves 3 layers of every request, under nnsight's
+defaults: no prefix cache, no chunked prefill. `extract` is vLLM's extract_hidden_states, its connector mended so that
+it runs on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import platform
-import signal
 import statistics
-import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import NamedTuple
 
-import aiohttp
-import psutil
+from rich.console import Console
+from rich.table import Table
 
-from episodes.wire import CAPTURE_HEADER, Capture
-from worker.__main__ import plan
-from worker.smollm import NAME
+import servers
+import traffic
+from servers import Command, Server
+from traffic import Keeper, Tally, Traffic
 
 PORT = 8011
-URL = f"http://127.0.0.1:{PORT}"
-CONVERSATIONS, TURNS, TOKENS = 8, 6, 32
-POLICY = "You are an agent of an airline. Look a reservation up before you change it, and confirm every change. " * 12
-REPLY = "The reservation was found: two passengers, one bag, economy, leaving on the first of May at nine. " * 2
+FLAGS = ["--port", str(PORT), "--max-model-len", str(traffic.MAX_MODEL_LEN)]
+LAYERS, N_LAYERS, HIDDEN_BYTES = [8, 12, 16], 30, 576 * 2
 
 
-@contextlib.contextmanager
-def server(stock: bool, log: Path) -> Iterator[psutil.Process]:
-    """A server with the worker's own flags, without anything of ours in it if `stock`."""
-    flags = ["--port", str(PORT), "--max-model-len", "8192"]
-    command, env = [sys.executable, "-m", "worker", *flags], dict(os.environ)
-    if stock:
-        command, env, _ = plan(flags, env)
-        for flag in ("--worker-cls", "--middleware", "--additional-config"):
-            at = command.index(flag)
-            del command[at : at + 2]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
-    try:
-        asyncio.run(ready(process, log))
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+class Column(NamedTuple):
+    """server: a name in `commands`. base, off: the columns that its ratios are to, of the same flags and of the same
+    server without capture. n_points: how many the keeper keeps of each row.
+    """
+
+    title: str
+    server: str
+    base: str
+    off: str
+    n_points: int
+    keeper: Callable[[Path], Keeper]
 
 
-async def ready(process: subprocess.Popen[bytes], log: Path) -> None:
-    async with aiohttp.ClientSession() as session:
-        for _ in range(1200):
-            if process.poll() is not None:
-                sys.exit(f"the server ended, see {log}")
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{URL}/health") as reply:
-                    if reply.status == 200:
-                        return
-            await asyncio.sleep(0.25)
-    sys.exit("the server did not get ready in 300 s")
+def claimed(layers: list[int]) -> Callable[[Path], Keeper]:
+    return lambda scratch: traffic.Claimed(scratch, tuple(f"layers.{n}.output" for n in layers))
 
 
-def cpu_seconds(root: psutil.Process) -> float:
-    """User and system time of the server's processes so far."""
-    times = [process.cpu_times() for process in (root, *root.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+def nothing(scratch: Path) -> Keeper:
+    return traffic.Nothing()
 
 
-async def round_of_traffic(capture: bool) -> int:
-    """All conversations once; returns the bytes claimed. Prompts are new, so no round finds another's cache."""
-    tag = uuid.uuid4().hex
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
-        return sum(await asyncio.gather(*(converse(session, tag, i, capture) for i in range(CONVERSATIONS))))
+def home(scratch: Path) -> Keeper:
+    return traffic.Home(len(LAYERS) * HIDDEN_BYTES)
 
 
-async def converse(session: aiohttp.ClientSession, tag: str, number: int, capture: bool) -> int:
-    messages = [{"role": "system", "content": f"{tag} {POLICY}"}]
-    claims: list[asyncio.Task[int]] = []
-    for turn in range(TURNS):
-        messages.append({"role": "user", "content": f"Customer {number}, question {turn}. {REPLY}"})
-        body: dict[str, Any] = {"model": NAME, "messages": messages, "temperature": 0}
-        body |= {"max_tokens": TOKENS, "ignore_eos": True}
-        call = f"c-{uuid.uuid4().hex}"
-        headers = {CAPTURE_HEADER: Capture(call, tag).header()} if capture else {}
-        async with session.post(f"{URL}/v1/chat/completions", json=body, headers=headers) as reply:
-            reply.raise_for_status()
-            message = (await reply.json())["choices"][0]["message"]
-        messages.append({"role": "assistant", "content": message["content"]})
-        if capture:
-            claims.append(asyncio.create_task(claim(session, call)))
-    return sum(await asyncio.gather(*claims))
+def extracted(scratch: Path) -> Keeper:
+    return traffic.Extracted()
 
 
-async def claim(session: aiohttp.ClientSession, call: str) -> int:
-    url = f"{URL}/v1/activations/{call}"
-    async with session.get(url, params={"wait_s": "30"}, headers={"Accept-Encoding": "identity"}) as reply:
-        assert reply.status == 200, await reply.text()
-        size = len(await reply.read())
-    async with session.delete(url) as reply:
-        assert reply.status == 204
-    return size
+COLUMNS = {
+    "stock": Column("stock vLLM", "stock", "stock", "", 0, nothing),
+    "off": Column("ours, capture off", "ours", "stock", "off", 0, nothing),
+    "3": Column("ours, 3 layers", "ours", "stock", "off", 3, claimed(LAYERS)),
+    "all": Column("ours, all 30 layers", "ours", "stock", "off", N_LAYERS, claimed(list(range(N_LAYERS)))),
+    "edit": Column("nnsight edit(), 3 layers", "edit", "stock", "", 3, home),
+    "extract": Column("extract_hidden_states, 3 layers", "extract", "stock", "", 3, extracted),
+    "compiled": Column("stock vLLM, compiled", "compiled", "compiled", "", 0, nothing),
+    "aux-off": Column("ours, aux, capture off", "aux", "compiled", "aux-off", 0, nothing),
+    "aux": Column("ours, aux, 3 layers", "aux", "compiled", "aux-off", 3, claimed(LAYERS)),
+}
 
 
-def measure(capture: bool, root: psutil.Process) -> dict[str, float]:
-    cpu, begun = cpu_seconds(root), time.monotonic()
-    n_bytes = asyncio.run(round_of_traffic(capture))
-    return {"wall": time.monotonic() - begun, "cpu": cpu_seconds(root) - cpu, "bytes": n_bytes}
+def commands(scratch: Path) -> dict[str, Callable[[], Command]]:
+    """How each server is started."""
+    aux = [*FLAGS, "--capture-source", "aux", "--layers", ",".join(map(str, LAYERS))]
+    return {
+        "stock": lambda: servers.stock(FLAGS),
+        "ours": lambda: servers.ours([*FLAGS, "--layers", "all"]),
+        "compiled": lambda: servers.stock(aux),
+        "aux": lambda: servers.ours(aux),
+        "edit": lambda: servers.edited(FLAGS, LAYERS, traffic.MAX_MODEL_LEN),
+        "extract": lambda: servers.extracting(FLAGS, LAYERS, scratch),
+    }
+
+
+class Round(NamedTuple):
+    wall_s: float
+    cpu_s: float
+    n_rows: int
+    n_bytes: int
+
+
+def measure(server: Server, keeper: Keeper, replay: Traffic) -> Round:
+    """All episodes once."""
+    cpu, begun, tally = server.cpu_seconds(), time.monotonic(), Tally()
+    asyncio.run(replay.play(server.url, keeper, replay.fresh(), tally))
+    return Round(time.monotonic() - begun, server.cpu_seconds() - cpu, tally.n_rows, tally.n_bytes)
+
+
+def measure_server(
+    name: str, columns: list[str], replay: Traffic, n_rounds: int, scratch: Path
+) -> list[tuple[str, Round]]:
+    """Rounds of the columns that one server serves, in turn."""
+    found = []
+    with servers.running(commands(scratch)[name](), PORT, scratch / "server.log") as server:
+        for column in columns:  # not counted: the first calls compile and instrument
+            asyncio.run(replay.begin(server.url, COLUMNS[column].keeper(scratch)))
+        for number in range(n_rounds):
+            for column in columns if number % 2 else columns[::-1]:
+                found.append((column, measure(server, COLUMNS[column].keeper(scratch), replay)))
+                print(f"  {COLUMNS[column].title}: {json.dumps(found[-1][1]._asdict())}", file=sys.stderr)
+    return found
+
+
+def table(found: dict[str, list[Round]]) -> Table:
+    """One line a column. MB stored a round; and by how much every token of every call would have been more."""
+    shown = Table("", "rounds", "wall s", "ratio", "to off", "spread s", "CPU s", "ratio", "to off", "MB", "saving")
+    for name, rounds in found.items():
+        column = COLUMNS[name]
+        bases = [found.get(base, []) for base in (column.base, column.off)]
+        times = [*timings("wall_s", rounds, bases), spread(rounds), *timings("cpu_s", rounds, bases)]
+        shown.add_row(column.title, str(len(rounds)), *times, *sizes(rounds, column.n_points))
+    return shown
+
+
+def timings(key: str, rounds: list[Round], bases: list[list[Round]]) -> list[str]:
+    """Median seconds, and their ratio to those of each of the bases that there is."""
+    median, *others = (statistics.median(getattr(r, key) for r in rs) if rs else None for rs in (rounds, *bases))
+    return [f"{median:.2f}", *("" if other is None else f"{median / other:.3f}" for other in others)]
+
+
+def spread(rounds: list[Round]) -> str:
+    return f"{min(r.wall_s for r in rounds):.1f}–{max(r.wall_s for r in rounds):.1f}"
+
+
+def sizes(rounds: list[Round], n_points: int) -> list[str]:
+    if not n_points:
+        return ["", ""]
+    stored, every = sum(r.n_bytes for r in rounds), sum(r.n_rows for r in rounds) * n_points * HIDDEN_BYTES
+    return [f"{stored / len(rounds) / 1e6:.1f}", f"{every / stored:.1f}×"]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, help="a tau-bench results file to replay")
+    parser.add_argument("--columns", default=",".join(COLUMNS), help="which to measure (%(default)s)")
+    parser.add_argument("--blocks", type=int, default=2, help="times that each server is started (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each column per start (%(default)s)")
+    parser.add_argument("--episodes", type=int, default=traffic.IN_FLIGHT, help="episodes of a round (%(default)s)")
+    parser.add_argument("--turns", type=int, help="calls of an episode, at most (all)")
+    options = parser.parse_args()
+    options.columns = options.columns.split(",")
+    unknown = set(options.columns) - set(COLUMNS)
+    if unknown:
+        parser.error(f"--columns: no {', '.join(sorted(unknown))}; there are {', '.join(COLUMNS)}")
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=2, help="times that each server is started (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each kind per start (%(default)s)")
-    options = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {"stock vLLM": [], "ours, capture off": [], "ours, 3 layers": []}
-    with TemporaryDirectory() as scratch:
-        for block in range(options.blocks):
-            for stock in (True, False):
-                kinds = ["stock vLLM"] if stock else ["ours, capture off", "ours, 3 layers"]
-                with server(stock, Path(scratch) / "server.log") as root:
-                    asyncio.run(round_of_traffic(False))  # warm
-                    for number in range(options.rounds):
-                        for kind in kinds if (number + block) % 2 else kinds[::-1]:
-                            found[kind].append(measure(kind == "ours, 3 layers", root))
-                            print(
-                                f"  {kind}: {json.dumps({k: round(v, 2) for k, v in found[kind][-1].items()})}",
-                                file=sys.stderr,
-                            )
-    print(
-        f"{CONVERSATIONS} conversations × {TURNS} turns, {TOKENS} tokens each, {NAME}, {os.cpu_count()} × {cpu_name()}"
-    )
-    print(f"{'':22}{'rounds':>7}{'wall s':>9}{'ratio':>7}{'spread':>14}{'CPU s':>9}{'ratio':>7}{'rows MB':>9}")
-    base = {key: statistics.median(r[key] for r in found["stock vLLM"]) for key in ("wall", "cpu")}
-    for kind, rounds in found.items():
-        wall, cpu, size = (statistics.median(r[key] for r in rounds) for key in ("wall", "cpu", "bytes"))
-        spread = f"{min(r['wall'] for r in rounds):.1f}–{max(r['wall'] for r in rounds):.1f}"
-        print(
-            f"{kind:22}{len(rounds):>7}{wall:>9.2f}{wall / base['wall']:>7.3f}{spread:>14}"
-            f"{cpu:>9.2f}{cpu / base['cpu']:>7.3f}{size / 1e6:>9.1f}"
-        )
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    options = parse()
+    replay = traffic.load(options.results, options.episodes, options.turns)
+    by_server: dict[str, list[str]] = defaultdict(list)
+    for column in options.columns:
+        by_server[COLUMNS[column].server].append(column)
+    found: dict[str, list[Round]] = {column: [] for column in options.columns}
+    for block in range(options.blocks):
+        for name in list(by_server)[:: -1 if block % 2 else 1]:
+            with TemporaryDirectory() as scratch:
+                for column, one in measure_server(name, by_server[name], replay, options.rounds, Path(scratch)):
+                    found[column].append(one)
+    print(f"{servers.machine()}, {replay.title}")
+    Console(width=120).print(table(found))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A benchmark may play both sides with the model: an agent, and a user who gives it its task. What each says is what the
 other is told next, and that pairs the threads: by the whole exchange, and by the order in which it happened, since no
 one is told what has not been said. While threads grow, pairs may change. Where the same exchange happened at the
-same time more than once, any choice fits; one is made, first come first served, and called a tie.
+same time more than once, any choice fits; one is made and called a tie.
 """
 
 from __future__ import annotations
@@ -331,9 +331,9 @@ def _answers(told: list[Told], said: list[Said], timed: bool) -> bool:
 
 
 def candidates(agents: list[Actor], users: list[Actor], n_open: int, timed: bool) -> dict[Actor, list[Actor]]:
-    """agent → the users that fit it, first come first."""
+    """agent → the users that fit it, those that spoke last first: some of the others will have ended with that."""
     opened: dict[int, list[Actor]] = {}
-    for user in sorted(users, key=lambda user: user.said[0].at):
+    for user in sorted(users, key=lambda user: -user.said[0].at):
         for text in user.said[0].texts:
             opened.setdefault(text, []).append(user)
     return {

@@ -3,7 +3,8 @@
 A call continues the thread whose last call it extends: that call's messages, the reply it got, and whatever follows.
 Conversations that look the same are told apart one to one: a thread that has been continued waits no more until its
 own reply is there; among several that wait for the same, the caller may know which is meant, else it is the one that
-has waited longest. What does not continue a reply is, in this order of evidence,
+got its reply last, since some of those before it will have ended there. What does not continue a reply is, in this
+order of evidence,
 
 - `retry`: the same messages again, of a call that failed, or that an SDK says it repeats
 - `reask`: the same messages again though the reply was good: the reply was rejected. A first call repeated is another
@@ -145,8 +146,8 @@ class Threads:
             key = (scope, digests[n - 1])
             waiting = self._waiting.get(key)
             if waiting:
-                known = (thread for thread in waiting if len(waiting) > 1 and meant(thread.id))
-                return next(known, waiting[0]), "turn"
+                known = (thread for thread in reversed(waiting) if len(waiting) > 1 and meant(thread.id))
+                return next(known, waiting[-1]), "turn"
             if n < len(digests) and messages[n].get("role") != "assistant":
                 beside = self._beside(key)
             if beside is not None:

@@ -22,6 +22,7 @@ import pytest
 from episodes.run import Run, open_run
 from proxy.config import Config
 from proxy.server import serve
+from servers import stock
 from tests.stub import Running, Stub
 from worker.__main__ import plan
 
@@ -185,15 +186,6 @@ class Engines:
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
         self._process = self._kind = None
-
-
-def stock(flags: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    """The command of vLLM's own server with the worker's flags and nothing of ours in it."""
-    command, env, _ = plan(flags, env)
-    for flag in ("--worker-cls", "--middleware", "--additional-config"):
-        at = command.index(flag)
-        del command[at : at + 2]
-    return command, env
 
 
 def model_home() -> Path:

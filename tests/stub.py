@@ -225,7 +225,8 @@ class Stub:
         if told is not None:
             return self._tell(told, head["id"])
         choices = [self._choice(i, text, kind) for i, text in enumerate(t for part in texts for t in part)]
-        usage = {"prompt_tokens": sum(map(len, prompts)), "completion_tokens": sum(len(t) for p in texts for t in p)}
+        n_prompt, n_completion = sum(map(len, prompts)), sum(len(t) for p in texts for t in p)
+        usage = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
         reply = json.dumps({**head, "choices": choices, "usage": usage, **self.foreign}).encode()
         if fault == "cut":
             return StreamingResponse(_cut(reply), headers={"content-type": "application/json"})

@@ -13,14 +13,20 @@ from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
 from episodes.cast import WARMUPS
 from episodes.commands import link
+from episodes.errors import BadInput, RunLocked
+from episodes.layout import Layout
+from episodes.records import Call
 from episodes.run import Run, open_run
+from episodes.store import Store
+from episodes.taubench import Result, find_links, read_results
 from episodes.verify import problems
-from tests.conftest import free_port
+from tests.conftest import free_port, until
 from tests.player import POLICY, Task, play
 from tests.stub import MODEL, Running, Stub
 
@@ -48,7 +54,7 @@ def make_task(number, trial, rng, **how):
     traj = [{"role": "system", "content": POLICY}, {"role": "user", "content": rng.choice(openings)}]
     for _ in range(rng.randint(1, 4)):
         for _ in range(rng.randint(0, 2)):
-            function = {"name": "look", "arguments": json.dumps({"at": rng.choice("abc")})}
+            function = {"name": "look", "arguments": json.dumps({"at": f"{number}/{trial}"})}
             calls = [{"id": f"call_{rng.randrange(99)}", "type": "function", "function": function}]
             traj += [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "{}"}]
         traj += [{"role": "assistant", "content": rng.choice(words)}, {"role": "user", "content": rng.choice(words)}]
@@ -57,7 +63,7 @@ def make_task(number, trial, rng, **how):
 
 
 @contextmanager
-def proxy_process(backend: str, data: Path, *flags: str):
+def proxy_process(backend: str, data: Path, *flags: str, stop: signal.Signals = signal.SIGTERM):
     """A proxy in a process of its own, as users run it; leaving it stops and seals. Yields its base URL."""
     port = free_port()
     command = [sys.executable, "-m", "proxy", "proxy", "--backend", backend, "--data", str(data), "--run", "r"]
@@ -66,8 +72,8 @@ def proxy_process(backend: str, data: Path, *flags: str):
         try:
             yield f"http://127.0.0.1:{port}/v1"
         finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+            process.send_signal(stop)
+        assert process.wait(60) == (0 if stop is signal.SIGTERM else -stop)
 
 
 def check_places(run: Run) -> dict[str, str]:
@@ -170,3 +176,110 @@ def test_attempts_that_crashed_are_linked_by_their_instruction(tmp_path):
     crashed = {f"{row['task_id']}/{row['trial']}" for row in rows.values() if row["error"] == "told to crash"}
     assert crashed == {"1/0", "2/1", "1/2", "3/2"}
     assert {row["linked_by"] for row in rows.values()} == {"transcript", "instruction"}
+
+
+def test_a_role_is_captured_as_it_is_told(tmp_path):
+    """`--capture user=none` and the like: what is not captured is recorded all the same, without rows."""
+    tasks = [make_task(i, 0, random.Random(i), user="verify") for i in range(2)]
+    flags = ["--capture", "user=none", "--capture", "warmup=none", "--capture", "supervisor=last"]
+    with Running(Stub(tmp_path / "spool")) as stub, proxy_process(stub.url, tmp_path / "data", *flags) as url:
+        play(url, MODEL, tasks)
+    run = open_run(tmp_path / "data" / "r")
+    check_places(run)
+    rows = Counter({role: 0 for role in ("user", "warmup")})
+    for call in run.history.calls.values():
+        rows[call.role] += call.n_kept
+        assert call.reply and bool(call.points) == (call.role in ("agent", "supervisor"))
+        assert call.tokens == ("last" if call.role == "supervisor" else "all")
+    assert rows["user"] == rows["warmup"] == 0 < rows["supervisor"] < rows["agent"]
+    assert list(problems(run)) == []
+
+
+def test_what_a_killed_proxy_left_is_paired_and_linked(tmp_path):
+    """No seal, no pairing in the journal: `tautap link` finds both from the calls."""
+    tasks = [make_task(i, 0, random.Random(i), user="reflection") for i in range(4)]
+    data = tmp_path / "data"
+    with Running(Stub(tmp_path / "spool")) as stub, proxy_process(stub.url, data, stop=signal.SIGKILL) as url:
+        results = play(url, MODEL, tasks)
+        n_calls = len(stub.stub.bodies)
+        until(lambda: len(open_run(data / "r").history.calls) == n_calls, "every call committed")
+    run = open_run(tmp_path / "data" / "r")
+    assert {episode.status for episode in run.history.episodes.values()} == {"live"}
+    lines = run.layout.journal.read_bytes().splitlines(keepends=True)
+    run.layout.journal.write_bytes(b"".join(line for line in lines if b'"type":"pair"' not in line))
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    assert CliRunner().invoke(link, [str(run.layout.root), str(path)]).exit_code == 0
+    sealed = open_run(run.layout.root)
+    expected = check_places(sealed)
+    rows = {row["episode"]: row for row in sealed.episodes.to_pylist() if row["episode"] != WARMUPS}
+    assert {episode: f"{row['task_id']}/{row['trial']}" for episode, row in rows.items()} == expected
+    assert {row["status"] for row in rows.values()} == {"sealed"} and list(problems(sealed)) == []
+
+
+def test_a_run_that_is_being_written_is_not_linked(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text("[]")
+    with Running(Stub(tmp_path / "spool")) as stub, proxy_process(stub.url, tmp_path / "data"):
+        output = CliRunner().invoke(link, [str(tmp_path / "data" / "r"), str(path)])
+        assert isinstance(output.exception, RunLocked)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{}", "Expected `array`"), ('[{"task_id": 1}]', "missing required field"), ("no", "truncated"), (None, "read")],
+)
+def test_a_file_that_is_no_results_file_is_refused(content, says, tmp_path):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BadInput, match=says):
+        read_results(path)
+
+
+def recorded(tmp_path, *talks):
+    """A run with an agent's call per (user says, agent replies)."""
+    store = Store(Layout(tmp_path / "r"))
+    for i, (said, reply) in enumerate(talks):
+        messages = [{"role": "system", "content": POLICY}, {"role": "user", "content": said}]
+        place = {"id": f"c{i}", "thread": f"t-c{i}", "episode": f"t-c{i}", "turn": 0, "attempt": 0, "endpoint": "/v1"}
+        texts = {
+            "request": json.dumps({"messages": messages}),
+            "reply": json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}),
+        }
+        store.commit(Call(**place, **texts, model="m", started=float(i), ended=i + 0.5, status=200))
+    store.close()
+    return open_run(tmp_path / "r")
+
+
+def result(said, reply, task_id=0, trial=0, source="a.json", info=None):
+    traj = [("system", POLICY), ("user", said), ("assistant", reply), ("user", "###STOP###")]
+    messages = [{"role": role, "content": text} for role, text in traj]
+    return Result(task_id, 1.0, info or {}, messages, trial, source)
+
+
+def test_trials_that_went_the_same_way_are_told_apart_by_their_order_and_no_tie(tmp_path):
+    run = recorded(tmp_path, ("Hi", "a"), ("Hi", "a"))
+    found = find_links(run.history, [result("Hi", "a", trial=1), result("Hi", "a", trial=0)])
+    assert [(link.episode, link.trial, link.tied) for link in found.links] == [("t-c0", 0, []), ("t-c1", 1, [])]
+
+
+def test_results_of_two_files_that_fit_the_same_episodes_are_tied(tmp_path):
+    run = recorded(tmp_path, ("Hi", "a"), ("Hi", "a"))
+    found = find_links(run.history, [result("Hi", "a"), result("Hi", "a", 7, source="b.json")])
+    assert [link.tied for link in found.links] == [["t-c1"], ["t-c0"]]
+
+
+def test_what_fits_nothing_is_listed(tmp_path):
+    run = recorded(tmp_path, ("Hi", "a"), ("Hi", "b"))
+    found = find_links(run.history, [result("Hi", "a"), result("Hi", "c", 5)])
+    assert [link.episode for link in found.links] == ["t-c0"]
+    assert ([r.task_id for r in found.results], found.episodes) == ([5], ["t-c1"])
+
+
+def test_results_of_another_run_are_refused(tmp_path):
+    run = recorded(tmp_path, ("Hi", "a"))
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps([msgspec.to_builtins(result("Hi", "c"))]))
+    output = CliRunner().invoke(link, [str(run.layout.root), str(path)])
+    assert isinstance(output.exception, BadInput) and "another run" in str(output.exception)
