@@ -7,8 +7,8 @@ got its reply last, since some of those before it will have ended there. What do
 order of evidence,
 
 - `retry`: the same messages again, of a call that failed, or that an SDK says it repeats
-- `reask`: the same messages again though the reply was good: the reply was rejected. Unless `rejected` said so, a first
-  call repeated is another conversation, and a later one the next turn of another that looks the same and waits
+- `reask`: the same messages again though the reply was good: the reply was rejected. A first call repeated is another
+  conversation unless `rejected` said otherwise
 - `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
   After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
 """

@@ -44,7 +44,7 @@ from proxy.up import end
 EVERY_S = 1.0
 PLAIN_EVERY_S = 10.0
 WHOLE_S, WHOLE_EVERY_S = 5.0, 0.05
-N_LAST_LINES = 20
+N_LAST_LINES, LINE_LIMIT = 20, 300
 
 # Run in tau-bench's interpreter, where it would be imported from: what is not there, and where tau_bench is.
 PROBE = """
@@ -81,6 +81,8 @@ class Benchmark:
                 "github.com/sierra-research/tau-bench"
             )
         own = directory.absolute() / ".venv" / "bin" / "python" if directory else None
+        if python is not None and "/" in python:
+            python = str(Path(python).absolute())  # it is run in the checkout
         return cls(directory, python or (str(own) if own and own.exists() else default))
 
     def flags(self, tools: bool) -> set[str]:
@@ -119,16 +121,19 @@ class Benchmark:
 
 @dataclass(eq=False)
 class Eval:
-    """One configuration and how far it has come. log_dir: where tau-bench writes, absolute.
+    """One configuration and how far it has come. log_dir: where tau-bench writes, absolute. place: where its run is.
 
-    code: of tau-bench's process. trouble: why something of ours could not be done
+    started, stopped, code: of tau-bench's process. trouble: why something of ours could not be done
     """
 
     run: str
     flags: Flags
     log_dir: Path
+    place: str
     progress: Progress = field(default_factory=Progress)
     scores: list[Score] = field(default_factory=list)
+    started: bool = False
+    stopped: bool = False
     code: int | None = None
     totals: Totals | None = None
     joined: Joined | None = None
@@ -143,6 +148,10 @@ class Eval:
     @property
     def failed(self) -> bool:
         return self.code != 0 or self.trouble is not None
+
+    @property
+    def running(self) -> bool:
+        return self.started and self.code is None
 
     def prepare(self) -> None:
         """Make the directories that tau-bench writes into, and note what lies there already."""
@@ -199,7 +208,8 @@ def plan(common: Flags, matrix: Path | None, config: Config, benchmark: Benchmar
         home = config.data / run / "results" if own else Path("results", run)
         if "log-dir" in flags:  # where tau-bench would look for it; those of a matrix would write the same files
             home = (benchmark.directory or Path()) / flags["log-dir"][0] / (run if matrix else "")
-        evals.append(Eval(run, flags, home.absolute()))
+        place = str(config.data / run) if own else f"{run} at the proxy"
+        evals.append(Eval(run, flags, home.absolute(), place))
     return evals
 
 
@@ -243,7 +253,9 @@ class Bench:
                 with contextlib.suppress(asyncio.CancelledError):
                     await watching
         for e in self.evals:
-            _report(e, url)
+            _report(e)
+        if len(self.evals) > 1:
+            console().print(_table(self.evals))
         self.failed = any(e.failed for e in self.evals)
         return int(self.failed)
 
@@ -264,11 +276,12 @@ class Bench:
             if stop.is_set():
                 e.trouble = "it was not started"
                 return
-            e.code = await self._child(e, f"{proxy.url}/runs/{e.run}/v1", stop)
+            e.started = True
             try:
+                e.code = await self._child(e, f"{proxy.url}/runs/{e.run}/v1", stop)
                 e.totals = await proxy.seal(e.run)
                 await self._join(e, proxy)
-            except TautapError as error:
+            except (TautapError, OSError) as error:
                 e.trouble = str(error)
 
     async def _child(self, e: Eval, base_url: str, stop: asyncio.Event) -> int:
@@ -290,7 +303,8 @@ class Bench:
         ended, stopped = asyncio.create_task(child.wait()), asyncio.create_task(stop.wait())
         try:
             await asyncio.wait([ended, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
+            e.stopped = not ended.done()
+            if e.stopped:
                 await _until_whole(e)
         finally:
             stopped.cancel()
@@ -311,7 +325,7 @@ class Bench:
         with Live(console=out, transient=True) if out.is_terminal else contextlib.nullcontext() as live:
             while True:
                 await asyncio.sleep(EVERY_S)
-                running = [e for e in self.evals if e.code is None]
+                running = [e for e in self.evals if e.running]
                 await asyncio.gather(*(_refresh(e, proxy) for e in running))
                 if live is not None:
                     live.update(_table(self.evals))
@@ -356,17 +370,22 @@ def _table(evals: list[Eval]) -> Table:
     return table
 
 
-def _report(e: Eval, url: str) -> None:
+def _report(e: Eval) -> None:
     """Print how one ended: what tau-bench found beside what was recorded, and what of either is nobody's."""
     out = console()
-    out.print(f"[bold]{e.run}[/bold] at {url}", soft_wrap=True)
+    out.print(f"[bold]{e.run}[/bold]", soft_wrap=True)
     for line in _lines(e):
         out.print(f"  {line}", markup=False, soft_wrap=True)
-    if e.code:
-        ended = f"ended with exit code {e.code}" if e.code > 0 else "was stopped"
-        last = e.log.read_text(errors="replace").splitlines()[-N_LAST_LINES:]
-        text = "\n".join([*last, f"tau-bench {ended}; all it said is in {e.log}"])
-        Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    if e.stopped:
+        _complain(f"{e.run}: tau-bench was stopped; all it said is in {e.log}")
+    elif e.code:
+        lines = e.log.read_text(errors="replace").splitlines()[-N_LAST_LINES:]
+        ended = f"{e.run}: tau-bench ended with exit code {e.code}; all it said is in {e.log}"
+        _complain("\n".join([*(line[:LINE_LIMIT] for line in lines), ended]))
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _lines(e: Eval) -> Iterator[str]:
@@ -381,7 +400,7 @@ def _lines(e: Eval) -> Iterator[str]:
         yield from (f"in no results file: episode {episode}" for episode in e.joined.episodes)
     if e.trouble is not None:
         yield f"trouble: {e.trouble}"
-    yield f"results: {e.results() or e.log_dir}"
+    yield f"run: {e.place}; results: {e.results() or e.log_dir}"
 
 
 def _recorded(t: Totals) -> str:

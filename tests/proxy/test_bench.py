@@ -216,6 +216,10 @@ def test_a_matrix_runs_each_configuration_into_its_own_run(proxy, checkout, tmp_
         assert {row["env"] for row in run.episodes.to_pylist() if row["task_id"]} == {env}
         assert len(results(logs / f"m-act-{env}")) == 2
     assert done.stdout.count("joined: 2 of 2 results") == 2
+    assert [line.split()[:4] for line in done.stdout.splitlines()[-2:]] == [
+        ["m-act-retail", "2/2", "50", "%"],
+        ["m-act-airline", "2/2", "50", "%"],
+    ]
 
 
 def test_a_users_model_with_a_slash_in_its_name_gets_the_directory_that_tau_bench_needs(start, checkout, tmp_path):
@@ -320,7 +324,7 @@ def test_packages_that_its_interpreter_lacks_are_named(checkout, strategy, names
 
 
 def test_a_flag_that_tau_bench_does_not_have_is_refused(checkout):
-    said = refused(bench("--tau-bench", checkout, "--", "--tasks", "1"))
+    said = refused(bench("--tau-bench", checkout, "--python", sys.executable, "--", "--tasks", "1"))
     assert "--tasks: tau-bench has no such flag; it takes --agent-strategy, --end-index" in said
 
 
