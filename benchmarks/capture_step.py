@@ -141,9 +141,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps of each kind, fewer of large ones (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="times that each is measured (%(default)s)")
     parser.add_argument("--spool-dir", default="/dev/shm", help="as the worker's (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's, to which vLLM sets them too (%(default)s)")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     width = f"bfloat16, hidden size {options.hidden}"
-    print(f"{machine()}: {torch.get_num_threads()} threads, {width}, medians of {options.repeats}")
+    print(f"{machine()}: {options.threads} threads, {width}, medians of {options.repeats}")
     shown = Table("rows", "points", "step µs", "capture adds µs", "spread µs", "MB a step", "MB/s to the spool")
     for n_rows, n_points in itertools.product(ROWS, POINTS):
         shown.add_row(str(n_rows), str(n_points), *line(n_rows, n_points, options))

@@ -3,8 +3,9 @@
     python benchmarks/overhead.py [RESULTS] [--columns stock,off,3] [--blocks 2] [--rounds 3]
 
 RESULTS is a tau-bench results file: its trajectories are replayed, 8 episodes at once; without one, made-up ones are.
-Every round has a system prompt that no server has seen. The embedded model answers each call with 32 tokens, which are
-thrown away: the recorded reply goes into the next prompt, so that every server gets the same traffic.
+Every round has a system prompt that no server has seen, and puts it into the cache before its clock starts: a run of a
+hundred episodes does so once. The embedded model answers each call with 32 tokens, which are thrown away: the recorded
+reply goes into the next prompt, so that every server gets the same traffic.
 
 The servers take turns, in blocks, and columns of one server alternate round by round, so that a machine that speeds up
 or slows down does so for all. Rows are claimed, stored and deleted at the worker while the traffic runs, as the proxy
@@ -107,9 +108,11 @@ class Round(NamedTuple):
 
 
 def measure(server: Server, keeper: Keeper, replay: Traffic) -> Round:
-    """All episodes once."""
-    cpu, begun, tally = server.cpu_seconds(), time.monotonic(), Tally()
-    asyncio.run(replay.play(server.url, keeper, replay.fresh(), tally))
+    """All episodes once; the clock starts when their system prompt is in the cache."""
+    tally, episodes = Tally(), replay.fresh()
+    asyncio.run(replay.prime(server.url, keeper, episodes[0], tally))
+    cpu, begun = server.cpu_seconds(), time.monotonic()
+    asyncio.run(replay.play(server.url, keeper, episodes, tally))
     return Round(time.monotonic() - begun, server.cpu_seconds() - cpu, tally.n_rows, tally.n_bytes)
 
 
@@ -120,7 +123,7 @@ def measure_server(
     found = []
     with servers.running(commands(scratch)[name](), PORT, scratch / "server.log") as server:
         for column in columns:  # not counted: the first calls compile and instrument
-            asyncio.run(replay.begin(server.url, COLUMNS[column].keeper(scratch)))
+            asyncio.run(replay.prime(server.url, COLUMNS[column].keeper(scratch), replay.fresh()[0], Tally()))
         for number in range(n_rounds):
             for column in columns if number % 2 else columns[::-1]:
                 found.append((column, measure(server, COLUMNS[column].keeper(scratch), replay)))

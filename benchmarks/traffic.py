@@ -169,9 +169,9 @@ class Traffic:
         tag = uuid.uuid4().hex
         return [Episode(episode.messages, tag) for episode in self.episodes]
 
-    async def begin(self, url: str, keeper: Keeper) -> None:
-        """Warm a server up with the first calls of one episode."""
-        await self.play(url, keeper, [Episode(cut(self.episodes[0].messages, 2), uuid.uuid4().hex)], Tally())
+    async def prime(self, url: str, keeper: Keeper, episode: Episode, tally: Tally) -> None:
+        """The first call of an episode, and so the system prompt of all that share its tag, into the server's cache."""
+        await self.play(url, keeper, [Episode(cut(episode.messages, 1), episode.tag)], tally)
 
     async def play(self, url: str, keeper: Keeper, episodes: Iterable[Episode], tally: Tally) -> None:
         """Hold these conversations, keep what is to be kept while they run, and count it."""
