@@ -85,9 +85,9 @@ class Step(NamedTuple):
         if self.errors:
             return
         try:
-            stream = read()
+            stream, column = read(), self.slab.select(1, i)
             for start, stop, at in self.stretches:
-                stream.write(self.slab[at : at + stop - start, i], start, stop)
+                stream.write(column.narrow(0, at, stop - start), start, stop)
         except Exception as error:  # whatever a model's module hands out must not end the engine
             self.errors.append(f"{self.points[i]}: {error}")
 
@@ -96,9 +96,11 @@ class Lane:
     """From the device to host memory. On the CPU the slab is host memory."""
 
     def leave(self, slab: Tensor, token_ids: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        """Start the copy; the result, called on the writer thread, waits for it and returns both on the host."""
-        copied = token_ids.clone()
-        return lambda: (slab, copied)
+        """Start the copy; the result, called on the writer thread, waits for it and returns both on the host.
+
+        Nobody else writes into either tensor.
+        """
+        return lambda: (slab, token_ids)
 
 
 class CudaLane(Lane):
@@ -108,14 +110,14 @@ class CudaLane(Lane):
         self._stream = torch.cuda.Stream()
 
     def leave(self, slab: Tensor, token_ids: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        copied = token_ids.clone()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             host = torch.empty(slab.shape, dtype=slab.dtype, pin_memory=True).copy_(slab, non_blocking=True)
-            ids = torch.empty(copied.shape, dtype=copied.dtype, pin_memory=True).copy_(copied, non_blocking=True)
+            ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+            ids.copy_(token_ids, non_blocking=True)
             done = torch.cuda.Event()
             done.record(self._stream)
-        for tensor in (slab, copied):
+        for tensor in (slab, token_ids):
             tensor.record_stream(self._stream)
 
         def wait() -> tuple[Tensor, Tensor]:
@@ -241,14 +243,15 @@ class Recorder:
         """The step that will record this batch, or None if nothing in it is captured."""
         spans: list[Span] = []
         stretches: list[tuple[int, int, int]] = []
-        points: dict[str, None] = {}
+        kinds: list[tuple[str, ...]] = []
         row = at = 0
         for request, start, n_rows in batch:
             captured = self._captured.get(request)
             first, stop = (max(start, captured.first), min(start + n_rows, captured.stop)) if captured else (0, 0)
             if captured and first < stop:
                 spans.append(Span(request, first, stop - first, at))
-                points.update(dict.fromkeys(captured.points))
+                if captured.points not in kinds:
+                    kinds.append(captured.points)
                 begin, end = row + first - start, row + stop - start
                 if stretches and stretches[-1][1] == begin:
                     stretches[-1] = (stretches[-1][0], end, stretches[-1][2])
@@ -258,6 +261,7 @@ class Recorder:
             row += n_rows
         if not spans:
             return None
+        points = dict.fromkeys(point for kind in kinds for point in kind)
         try:
             slab = torch.empty((at, len(points), self._hidden), dtype=self._dtype, device=device)
         except RuntimeError as error:  # no memory left on the device
@@ -310,6 +314,7 @@ class Recorder:
         # numpy has no bf16: rows travel as bytes, [rows, points, bytes].
         rows: NDArray[Any] = slab.view(torch.uint8).numpy()
         token_ids: NDArray[np.int32] = ids.to(torch.int32).numpy()
+        n_rows = n_bytes = 0
         for span in step.spans:
             file = self._files.get(span.request)
             if file is None:  # failed earlier
@@ -322,11 +327,12 @@ class Recorder:
             if len(file.points) < len(step.points):
                 mine = mine[:, [step.points.index(point) for point in file.points]]
             try:
-                written = file.append(span.start, token_ids[own], mine)
-                self._metrics.add("rows_total", written // mine[0].nbytes)
-                self._metrics.add("row_bytes_total", written)
+                n_new = file.append(span.start, token_ids[own], mine)
+                n_rows, n_bytes = n_rows + n_new, n_bytes + n_new * mine.nbytes // span.n_rows
             except OSError as error:
                 self._fail(span.request, f"the spool cannot be written: {error}")
+        self._metrics.add("rows_total", n_rows)
+        self._metrics.add("row_bytes_total", n_bytes)
 
     def _finish(self, request: str) -> None:
         if request not in self._files:

@@ -46,35 +46,37 @@ class SpoolFile:
         self._call = call
         self._dtype, self._hidden = dtype, hidden
         self._prompt = np.array(prompt, "<i4")
-        self._positions: list[NDArray[np.int32]] = []
-        self._token_ids: list[NDArray[np.int32]] = []
-        self._next = 0
+        self._runs: list[tuple[int, int]] = []  # of positions: from here, to there
+        self._token_ids = bytearray()
         # Room for the call file's header too, up to 1,024 generated tokens: then the file is handed over as it is.
         self._room = 4096 + len(header({}, {"points": json.dumps(points)})) + TOKEN_ROOM * (len(prompt) + 1024)
         self._file: BinaryIO = Path(f"{self._path}{PART}").open("wb", buffering=1 << 20)
         self._file.seek(self._room)
 
     def append(self, start: int, token_ids: NDArray[np.int32], rows: NDArray[Any]) -> int:
-        """Store the rows of positions start, start + 1, …; returns the bytes written.
+        """Store the rows of positions start, start + 1, …; returns how many are new.
 
         Positions stored already are left out: a request that was preempted computes its rows again, the first stay.
-        rows: [n, points, hidden] of raw elements
+        While this runs, once for every row of a decode step, the step waits for Python's lock: it has to be quick.
+        token_ids: [n] of little-endian int32. rows: [n, points, hidden] of raw elements
         """
-        skip = min(max(self._next - start, 0), len(token_ids))
-        start, token_ids, rows = start + skip, token_ids[skip:], rows[skip:]
-        if not len(token_ids):
-            return 0
-        data = np.ascontiguousarray(rows)
-        self._file.write(data.data.cast("B"))
-        self._positions.append(np.arange(start, start + len(token_ids), dtype="<i4"))
-        self._token_ids.append(np.array(token_ids, "<i4"))
-        self._next = start + len(token_ids)
-        return data.nbytes
+        first, last = self._runs[-1] if self._runs else (start, start)
+        if start < last:
+            token_ids, rows, start = token_ids[last - start :], rows[last - start :], last
+        n_rows = len(token_ids)
+        if n_rows:
+            self._file.write(np.ascontiguousarray(rows).data)
+            self._token_ids += token_ids.tobytes()
+            if start == last:
+                self._runs[-1:] = [(first, start + n_rows)]
+            else:
+                self._runs.append((start, start + n_rows))
+        return n_rows
 
     def finish(self) -> None:
         """Write the index behind the rows and the header before them, then give the file its name."""
-        position = np.concatenate([np.empty(0, "<i4"), *self._positions])
-        token_id = np.concatenate([np.empty(0, "<i4"), *self._token_ids])
+        position = np.concatenate([np.empty(0, "<i4"), *(np.arange(a, b, dtype="<i4") for a, b in self._runs)])
+        token_id = np.frombuffer(self._token_ids, "<i4")
         for array in (position, token_id, self._prompt):
             self._file.write(array.data)
         shapes = {

@@ -42,10 +42,11 @@ class Stream(NamedTuple):
 
     def write(self, into: Tensor, start: int, stop: int) -> None:
         """Rows start to stop into a [stop - start, hidden] slice, at once: fused norms overwrite both parts soon."""
+        hidden = _flat(self.hidden).narrow(0, start, stop - start)
         if self.residual is None:
-            into.copy_(_flat(self.hidden)[start:stop])
+            into.copy_(hidden)
         else:
-            torch.add(_flat(self.hidden)[start:stop], _flat(self.residual)[start:stop], out=into)
+            torch.add(hidden, _flat(self.residual).narrow(0, start, stop - start), out=into)
 
 
 Read = Callable[[Any], Stream]
