@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +21,7 @@ import pytest
 from episodes.run import Run, open_run
 from proxy.config import Config
 from proxy.server import serve
-from servers import stock
+from servers import healthy, stock
 from tests.stub import Running, Stub
 from worker.__main__ import plan
 
@@ -192,14 +191,6 @@ def model_home() -> Path:
     """Where the embedded model lies, once a worker has made it."""
     command, _, _ = plan([], dict(os.environ))
     return Path(command[command.index("--model") + 1])
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return bool(reply.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ import pytest
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.run import open_run
 from episodes.verify import problems
-from tests.conftest import free_port, healthy, proxy_to, until
+from servers import healthy
+from tests.conftest import free_port, proxy_to, until
 from tests.stub import HIDDEN, MODEL, POINTS, Running, Stub, render, rows
 
 SYSTEM = {"role": "system", "content": "You are a clerk. " * 10}
