@@ -26,7 +26,7 @@ from episodes.records import Call
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.tables import Totals, totals
-from episodes.taubench import Links, Result, TauBench, find_links
+from episodes.taubench import DIALECT, Links, Result, find_links
 from episodes.threads import Place
 from episodes.wire import DTYPE_CODES, DTYPES
 from proxy.backend import Backend
@@ -47,7 +47,7 @@ class Recording:
 
     def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore, backfill: bool = False) -> None:
         """backfill: run again what calls of an episode lack before it is sealed."""
-        self._cast = Cast(TauBench())
+        self._cast = Cast(DIALECT)
         self._store = store
         self._backend = backend
         self._slots = slots

@@ -261,9 +261,8 @@ class Playing:
 
 
 if __name__ == "__main__":
-    with suppress(
-        ImportError
-    ):  # litellm imports it when it first needs it, which may not happen in two threads at once
+    # litellm imports it when it first needs it, which may not happen in two threads at once.
+    with suppress(ImportError):
         import httpx2  # noqa: F401
     work = json.load(sys.stdin)
     player = Player(work["url"], work["model"])
