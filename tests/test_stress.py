@@ -70,7 +70,7 @@ def url(engines, tiny):
         "--num-gpu-blocks-override", "20", "--served-model-name", "tiny", "--gpu-memory-utilization", "0.2",
         "--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "o_proj",
         "--lora-modules", f"tuned={tiny.adapter}",
-        # vLLM 0.32's CPU build gives the base model's rows the last slot's adapter where a step has both: keep it empty.
+        # vLLM 0.32's CPU build gives the base model's rows the last slot's adapter in a step with both: keep it empty.
         "--max-loras", "2",
     ]  # fmt: skip
     return engines.get("tiny", flags)
