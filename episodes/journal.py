@@ -44,14 +44,33 @@ def decode(line: bytes) -> Record:
 
 def read(path: Path) -> Iterator[Record | Broken]:
     """Every line's record, or what is wrong with the line."""
+    return (record for _, record in placed(path))
+
+
+def placed(path: Path) -> Iterator[tuple[int, Record | Broken]]:
+    """As `read`, each with the line's place in the file: its first byte's."""
     if not path.exists():
         return
+    at = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield decode(line)
+                yield at, decode(line)
             except CorruptFile as error:
-                yield Broken(number, str(error))
+                yield at, Broken(number, str(error))
+            at += len(line)
+
+
+def sound(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records that can be read, each with its line's place; the others are left to `verify`."""
+    return ((at, record) for at, record in placed(path) if not isinstance(record, Broken))
+
+
+def record_at(path: Path, place: int) -> Record:
+    """The record whose line begins at a place; CorruptFile if none that is sound does."""
+    with path.open("rb") as file:
+        file.seek(place)
+        return decode(file.readline())
 
 
 class Journal:

@@ -12,7 +12,6 @@ from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
-import pyarrow.parquet as pq
 import zstandard
 
 from episodes import journal
@@ -23,7 +22,7 @@ from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, write_shard
-from episodes.tables import CALLS, EPISODES, index
+from episodes.tables import write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
 NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
@@ -52,7 +51,7 @@ class Store:
             if not layout.run.exists():
                 self._write(Run(FORMAT, layout.root.name, time.time(), compression=compression))
             self.run = read_run(layout)
-            self.history = History(self._records(), forget_sealed=True)
+            self.history = History((record for _, record in journal.sound(layout.journal)), forget_sealed=True)
             self._journal = journal.Journal(layout.journal)
         except BaseException:
             self._lock.close()
@@ -191,7 +190,7 @@ class Store:
 
     def calls(self) -> Iterator[Call]:
         """Every call of the journal so far, sealed ones too."""
-        return (record for record in self._records() if isinstance(record, Call))
+        return (record for _, record in journal.sound(self.layout.journal) if isinstance(record, Call))
 
     def _blocks(self, shard: Path, held: list[Call], fresh: list[Call]) -> Iterator[Block]:
         if any(call.kept for call in held):
@@ -200,22 +199,9 @@ class Store:
             if call.kept:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
 
-    def _records(self) -> Iterator[Record]:
-        """The journal's records so far, one at a time; what cannot be read is left to `verify`."""
-        return (record for record in journal.read(self.layout.journal) if not isinstance(record, journal.Broken))
-
     def roll(self) -> None:
         """Write the index tables anew, in one pass through the journal."""
-        about = {"journal_bytes": str(self.layout.journal.stat().st_size)}
-        with (
-            whole(self.layout.calls) as calls,
-            whole(self.layout.episodes) as episodes,
-            pq.ParquetWriter(calls, CALLS.with_metadata(about), compression="zstd") as to_calls,
-            pq.ParquetWriter(episodes, EPISODES.with_metadata(about), compression="zstd") as to_episodes,
-        ):
-            for table in index(self.history, self.layout, self._records()):
-                writer = to_calls if table.schema.equals(CALLS) else to_episodes
-                writer.write_table(table.cast(writer.schema))
+        write_index(self.history, self.layout, journal.sound(self.layout.journal))
 
     def close(self) -> None:
         self._journal.close()
