@@ -156,13 +156,19 @@ def _say(out: Console, role: str, message: JSON) -> None:
 def seal(run: Path) -> None:
     """Seal a run that no proxy is writing.
 
-    Moves the rows of every episode of the directory RUN into its shard, and writes the index tables.
+    Moves the rows of every episode of the directory RUN into its shard, and writes the index tables. What a proxy that
+    was killed left is finished or cleared away first, and said; of calls that it had not recorded, the rows that only
+    the worker has are lost then. Start a proxy on the run instead, and it fetches them.
     """
     layout = Layout(run)
     if not layout.run.exists():
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
+        for recovered in store.recovered:
+            click.echo(recovered)
+        for call in store.left:
+            click.echo(f"call {call.id}: {call.error}; recorded with what there is")
         sealed = store.seal_all(DIALECT)
         store.roll()
     finally:

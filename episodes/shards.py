@@ -145,11 +145,13 @@ def place(positions: NDArray[np.int32], start: int, stop: int) -> slice | None:
 
 
 def shard_blocks(path: Path, calls: dict[str, Call]) -> Iterator[Block]:
-    """A shard's rows, as they were written; for sealing an episode that went on after it was sealed."""
+    """The rows of these calls in a shard, as they were written; for sealing an episode that went on after its seal."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
             for call, kept in _stretches(table):
+                if call not in calls:
+                    continue
                 part = table.slice(kept[1], kept[2] - kept[1])
                 positions = part["position"].to_numpy()
                 piece = Kept(kept[0], int(positions[0]), int(positions[-1]) + 1)

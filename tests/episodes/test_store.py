@@ -69,13 +69,16 @@ class Writer:
         claim.write_bytes(
             b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
         )
+        return self.store.commit(self.call(name, episode, turn, points), claim)
+
+    @staticmethod
+    def call(name, episode="e", turn=0, points=POINTS):
         request = json.dumps({"messages": [{"role": "user", "content": f"say {turn}"}] * (2 * turn + 1)})
         reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "ok"}}]})
-        call = Call(
+        return Call(
             id=name, thread=f"t-{episode}", episode=episode, turn=turn, attempt=0, endpoint="/v1/chat/completions",
             model="m", started=1.0, ended=2.0, status=200, request=request, reply=reply, points=points,
         )  # fmt: skip
-        return self.store.commit(call, claim)
 
     def close(self):
         self.store.close()
