@@ -167,9 +167,10 @@ def test_a_run_that_another_process_writes_is_refused_until_that_is_dead(tmp_pat
     reading, writing = os.pipe()
     holder = os.fork()
     if not holder:
-        Store(layout)
+        store = Store(layout)
         os.write(writing, b"!")
         signal.pause()
+        store.close()
     try:
         os.read(reading, 1)
         with pytest.raises(RunLocked, match=f"process {holder}"):
