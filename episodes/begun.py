@@ -7,6 +7,7 @@ journal.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterable
@@ -51,7 +52,8 @@ class Begun:
         with self._lock:
             self._open.pop(call, None)
             if not self._open:
-                self._file.clear()
+                with contextlib.suppress(OSError):  # then they go the next time
+                    self._file.clear()
 
     def _shrink(self) -> None:
         with whole(self._path) as draft:

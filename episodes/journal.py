@@ -103,6 +103,8 @@ class Journal:
 
     def write(self, lines: bytes, sync: bool = False) -> None:
         """Write lines; if it fails, nothing of them stays."""
+        if os.fstat(self._file.fileno()).st_size != self.n_bytes:  # a failed write that could not be taken back
+            self._file.truncate(self.n_bytes)
         try:
             done = 0
             while done < len(lines):  # a disk that fills up takes a part of a line without an error

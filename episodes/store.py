@@ -166,13 +166,20 @@ class Store:
         """Commit a call; its file becomes the live file if any of its rows is new."""
         with self.history.keeping(call, _computed(file)) as kept:
             call = msgspec.structs.replace(call, kept=kept)
-            if kept:
-                publish(file.path, self.layout.live_file(call.thread, call.id))
-            else:
-                file.path.unlink()
-            self._journal.append(call)
+            live = self.layout.live_file(call.thread, call.id)
+            try:
+                if kept:
+                    publish(file.path, live)
+                self._journal.append(call)
+            except OSError:  # the claim is where it was, to be tried again
+                with contextlib.suppress(FileNotFoundError):
+                    live.rename(file.path)
+                raise
         self.history.commit(call)
         self._begun.done(call.id)
+        if not kept:
+            with contextlib.suppress(OSError):  # the call is committed, whatever becomes of the file
+                file.path.unlink()
         return call
 
     def _check(self, call: Call, file: CallFile) -> None:
