@@ -109,11 +109,11 @@ async def _healthy(backend: str) -> bool:
 
 async def greet(config: Config, stop: asyncio.Event) -> int:
     """The job of `tautap up`: say where the proxy is, and wait."""
-    url = f"http://{config.host}:{config.port}/v1"
+    url, key = f"{config.url}/v1", "YOUR_KEY" if config.keys else "none"
     Console(stderr=True).print(
         f"[bold]{url}[/bold] is ready; recording into [bold]{config.data / config.run}[/bold]\n\n"
         "tau-bench, from its checkout:\n"
-        f"  OPENAI_BASE_URL={url} OPENAI_API_KEY=none python run.py --env retail --model MODEL \\\n"
+        f"  OPENAI_BASE_URL={url} OPENAI_API_KEY={key} python run.py --env retail --model MODEL \\\n"
         "    --model-provider openai --user-model MODEL --user-model-provider openai\n\n"
         "Ctrl-C stops and seals.",
         highlight=False,
