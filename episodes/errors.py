@@ -12,6 +12,7 @@ TautapError
 │   └── CorruptFile      bytes that are not what the format says
 ├── WorkerFailed         a worker that cannot be reached or broke off: HTTP answers 502
 │   └── WorkerTooSlow    one that kept us waiting longer than it may: HTTP answers 504
+├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
 ├── MissingRows          a reader asked for rows that were never stored
 ├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
 └── CaptureLost          a call whose activations cannot be had, with the reason
@@ -71,6 +72,10 @@ class WorkerFailed(TautapError):
 
 
 class WorkerTooSlow(WorkerFailed):
+    pass
+
+
+class NotStored(TautapError):
     pass
 
 

@@ -18,7 +18,7 @@ from episodes.wire import Capture
 class Exchange:
     """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
 
-    told: whether its conversation knows the reply.
+    told: whether its conversation knows the reply. recorded: whether the recorder has it.
     """
 
     id: str
@@ -38,6 +38,7 @@ class Exchange:
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
     told: bool = False
+    recorded: bool = False
 
     @property
     def claimable(self) -> bool:

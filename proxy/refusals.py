@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
-from episodes.errors import BadInput, BadRun, WorkerFailed, WorkerTooSlow
+from episodes.errors import BadInput, BadRun, NotStored, WorkerFailed, WorkerTooSlow
 
 logger = logging.getLogger("tautap.proxy")
 
@@ -20,8 +20,8 @@ def refusal(status: int, message: str, kind: str, headers: Mapping[str, str] | N
     return web.json_response({"error": error}, status=status, headers=headers)
 
 
-def status(error: WorkerFailed) -> int:
-    return 504 if isinstance(error, WorkerTooSlow) else 502
+def status(error: WorkerFailed | NotStored) -> int:
+    return 503 if isinstance(error, NotStored) else 504 if isinstance(error, WorkerTooSlow) else 502
 
 
 @web.middleware
@@ -33,6 +33,8 @@ async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamR
         return refusal(400, str(error), "invalid_request_error")
     except BadRun as error:
         return refusal(409, str(error), "run_unusable")
+    except NotStored as error:
+        return refusal(status(error), str(error), "overloaded", {"Retry-After": "5"})
     except WorkerFailed as error:
         return refusal(status(error), str(error), "worker_failed")
     except web.HTTPRequestEntityTooLarge:

@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, WorkerFailed
+from episodes.errors import BadInput, NotStored, WorkerFailed
 from episodes.events import Events, Transcript
 from episodes.layout import check_name
 from episodes.messages import JSON
@@ -134,10 +134,10 @@ class Proxy:
         if episode is not None:
             check_name("episode", episode)
         recording = await self._recorder.run(asked.run)
-        if recording.full:
-            return refusal(503, "too many calls wait to be written to disk", "overloaded", {"Retry-After": "5"})
+        await recording.room()
         body = await bodies.read(request, self._config.timeouts.idle_s)
         exchange = self._begin(request, asked.path, body, episode, recording)
+        recording.begin(exchange.call())
         try:
             return await self._exchange(request, exchange, recording)
         except asyncio.CancelledError:
@@ -145,7 +145,7 @@ class Proxy:
             raise
         finally:
             self._replied(exchange, recording)
-            recording.record(exchange.call(), exchange.claimable, exchange.foreign)
+            self._record(exchange, recording)
 
     def _begin(
         self, request: web.Request, path: str, body: bytes, episode: str | None, recording: Recording
@@ -214,11 +214,11 @@ class Proxy:
                     whole, exchange.foreign = messages.without_activations(await upstream.read())
                     exchange.status = upstream.status
                     exchange.reply = messages.parse_object(whole)
-                    self._replied(exchange, recording)
+                    await self._may_end(exchange, recording)
                     reply = _answer(upstream, whole)
         except ConnectionError:
             exchange.error = GONE
-        except WorkerFailed as error:
+        except (WorkerFailed, NotStored) as error:
             exchange.error = str(error)
             if not reply.prepared:
                 exchange.status = status(error)
@@ -245,11 +245,14 @@ class Proxy:
                 if transcript.done:
                     # The client may send its next call on seeing this: its thread must be waiting by then.
                     exchange.reply = transcript.reply()
-                    self._replied(exchange, recording)
+                    await self._may_end(exchange, recording)
                 if kept:
                     await reply.write(kept)
             if cutter.rest:
                 await reply.write(cutter.rest)
+            if not transcript.done:
+                exchange.reply = transcript.reply()
+                await self._may_end(exchange, recording)
             await reply.write_eof()
         finally:
             if exchange.reply is None:
@@ -262,6 +265,20 @@ class Proxy:
         exchange.told = True
         reply = exchange.reply if exchange.status == 200 and exchange.error is None else None
         recording.replied(exchange.place, [] if reply is None else messages.reply_messages(reply))
+
+    async def _may_end(self, exchange: Exchange, recording: Recording) -> None:
+        """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
+        self._replied(exchange, recording)
+        if self._config.durability == "sync":
+            self._record(exchange, recording)
+        await recording.may_end(exchange.id)
+
+    @staticmethod
+    def _record(exchange: Exchange, recording: Recording) -> None:
+        """Hand a call to the recorder, once."""
+        if not exchange.recorded:
+            exchange.recorded = True
+            recording.record(exchange.call(), exchange.claimable, exchange.foreign)
 
 
 def _answer(upstream: Reply, whole: bytes | None = None) -> web.StreamResponse:
