@@ -29,7 +29,7 @@ def parse_request(data: bytes | str) -> JSON | None:
     """
     try:
         found = _objects.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except ValueError:  # of msgspec, of UTF-8, or of an integer of thousands of digits
         return None
     except RecursionError:
         raise BadInput(TOO_DEEP) from None

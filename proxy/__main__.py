@@ -196,7 +196,8 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
     from proxy.up import greet, run_stack
 
     config = settle(f"http://127.0.0.1:{worker_port}", options)
-    sys.exit(asyncio_run(run_stack(config, _worker(worker_arguments, worker_port), partial(greet, config))))
+    worker = _worker(worker_arguments, worker_port)
+    sys.exit(asyncio_run(run_stack(config, worker, os.environ, partial(greet, config))))
 
 
 def _worker(arguments: tuple[str, ...], port: int) -> list[str]:
@@ -255,12 +256,14 @@ def bench(
         _refuse_stack(ctx, arguments)
         base_url, run = split_url(base_url)
         options["run"] = options["run"] or run
+    elif options["keys"] and key == "none":
+        key = next(iter(options["keys"].values()))
     config = settle(f"http://127.0.0.1:{port}", options)
     benchmark = Benchmark.at(tau_bench, python, sys.executable)
     evals = plan(flags, matrix, config, benchmark, own=not base_url)
     running = Bench(benchmark, evals, at_once, key, dict(os.environ))
     job = partial(running.run, base_url or config.url)
-    doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), job)
+    doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), os.environ, job)
     sys.exit(asyncio_run(doing) or int(running.failed))  # Ctrl-C may come before the job begins
 
 
