@@ -121,14 +121,15 @@ class Backend:
         return self._in_sight
 
     async def forget(self, call: str) -> None:
-        """Tell the worker that a call's activations are stored, or not wanted. It is told once: a worker that cannot
-        be reached has lost them anyway or keeps them until it restarts.
+        """Tell the worker that a call's activations are stored, or not wanted. One that cannot be reached several times
+        has lost them anyway, or clears them away when it starts.
         """
-        try:
-            async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
-                pass
-        except (aiohttp.ClientError, TimeoutError):
-            return
+        for pause_s in (RETRY_S, RETRY_S, 0):
+            try:
+                async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
+                    return
+            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+                await asyncio.sleep(pause_s)
 
 
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:

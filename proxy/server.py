@@ -46,7 +46,10 @@ OUR_REPLY_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
 
 @dataclass
 class Exchange:
-    """A generation call while it runs, for the record. Times are unix seconds."""
+    """A generation call while it runs, for the record. Times are unix seconds.
+
+    refused: the worker ran nothing of it.
+    """
 
     id: str
     endpoint: str
@@ -63,6 +66,12 @@ class Exchange:
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
     told: bool = False
+    refused: bool = False
+
+    @property
+    def claimable(self) -> bool:
+        """Whether the worker may have activations of it: not of what it never got or refused to run."""
+        return self.capture is not None and not self.refused
 
     def call(self) -> Call:
         return Call(
@@ -187,10 +196,11 @@ class Proxy:
         except (aiohttp.ClientError, TimeoutError) as error:
             asked.error = f"the worker failed: {error or type(error).__name__}"
             asked.status = 502
+            asked.refused = isinstance(error, aiohttp.ClientConnectorError)
             return _error(502, asked.error, "worker_failed")
         finally:
             self._replied(asked, recording)
-            recording.record(asked.call(), capture is not None and asked.status in (0, 200), asked.foreign)
+            recording.record(asked.call(), asked.claimable, asked.foreign)
 
     def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:
         """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
@@ -226,6 +236,7 @@ class Proxy:
     ) -> web.StreamResponse:
         async with self._session.post(self._url(request, path), data=body, headers=headers) as upstream:
             asked.first_byte = time.time()
+            asked.refused = upstream.status != 200
             if upstream.content_type == "text/event-stream":
                 return await self._stream(request, upstream, asked, recording)
             whole, asked.foreign = messages.without_activations(await upstream.read())
