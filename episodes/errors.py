@@ -10,6 +10,7 @@ TautapError
 │   ├── WrongModel       recorded with another model or dtype
 │   ├── RunLocked        another process is writing it
 │   └── CorruptFile      bytes that are not what the format says
+├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
 ├── MissingRows          a reader asked for rows that were never stored
 ├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
 └── CaptureLost          a call whose activations cannot be had, with the reason
@@ -61,6 +62,10 @@ class RunLocked(BadRun):
 
 
 class CorruptFile(BadRun):
+    pass
+
+
+class NotStored(TautapError):
     pass
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from episodes.begun import left_begun
 from episodes.errors import BadRun
 from episodes.history import Episode
 from episodes.layout import crc32
 from episodes.records import Call
+from episodes.recovery import STOPPED, strays, unrecorded
 from episodes.run import Run
 from episodes.shards import live_blocks
 from episodes.store import being_written
@@ -25,8 +27,12 @@ def problems(run: Run) -> Iterator[str]:
         yield from _episode_problems(run, episode)
     for call in run.history.calls.values():
         yield from _call_problems(run, call)
-    if not being_written(run.layout):  # else files that no record accounts for yet are its business
-        yield from _strays(run)
+    if not being_written(run.layout):  # else what no record accounts for yet is its business
+        left = unrecorded(run.history, left_begun(run.layout.begun))
+        for call in left:
+            yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
+        for path, reason in strays(run.layout, run.history, left):
+            yield f"{path.relative_to(run.layout.root)}: {reason}"
 
 
 def _call_problems(run: Run, call: Call) -> Iterator[str]:
@@ -90,20 +96,3 @@ def _shard_tokens(path: Path, n_rows: int) -> dict[tuple[str, int], dict[int, in
     if total != n_rows:
         raise BadRun(f"{total} rows where the journal says {n_rows}")
     return found
-
-
-def _strays(run: Run) -> Iterator[str]:
-    """Files that no record accounts for."""
-    layout = run.layout
-    sealed = {e.id for e in run.history.episodes.values() if e.sealed}
-    held = {call for e in run.history.episodes.values() if e.sealed for call in e.sealed.calls}
-    for path in sorted(layout.live.rglob("*.safetensors")) if layout.live.exists() else []:
-        if path.stem not in run.history.calls:
-            yield f"{path.relative_to(layout.root)}: no call in the journal"
-        elif path.stem in held:
-            yield f"{path.relative_to(layout.root)}: sealed already"
-    for path in sorted(layout.shards.glob("[!.]*")) if layout.shards.exists() else []:
-        if path.stem not in sealed:
-            yield f"{path.relative_to(layout.root)}: no sealed episode of that name"
-    for path in sorted(layout.root.rglob(".*.draft")) + sorted(layout.root.rglob(".*.claim")):
-        yield f"{path.relative_to(layout.root)}: a file that was not finished"

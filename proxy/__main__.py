@@ -87,6 +87,15 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--backfill", is_flag=True, help="Before sealing an episode, run again what calls lack rows of."
             ),
             click.option(
+                "--durability",
+                default="async",
+                type=click.Choice(["async", "sync"]),
+                help="End a reply when its call is noted on disk, or when all of it is recorded.",
+            ),
+            click.option(
+                "--min-free-bytes", default=1 << 30, type=click.IntRange(0), help="Of disk, for taking new calls."
+            ),
+            click.option(
                 "--compression", default="zstd", type=click.Choice(["zstd", "none"]), help="Of vectors in shards."
             ),
         ]

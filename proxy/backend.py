@@ -31,6 +31,16 @@ class Refusal(msgspec.Struct, frozen=True):
     sequences: list[Sequence] = []
 
 
+class Held(msgspec.Struct, frozen=True):
+    call: str
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """What a worker lists under `/v1/activations`."""
+
+    data: list[Held]
+
+
 class Backend:
     """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
 
@@ -119,6 +129,14 @@ class Backend:
             level = logging.INFO if self._spool_dir is None else logging.WARNING
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
         return self._in_sight
+
+    async def waiting(self) -> list[str]:
+        """The calls whose activations the worker holds, anybody's; none if it does not say."""
+        try:
+            async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
+                return [held.call for held in msgspec.json.decode(await reply.read(), type=Waiting).data]
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
+            return []
 
     async def forget(self, call: str) -> None:
         """Tell the worker that a call's activations are stored, or not wanted. One that cannot be reached several times

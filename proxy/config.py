@@ -18,6 +18,8 @@ class Config:
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     backfill: run again what an episode's calls lack, before it is sealed.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
+    min_free_bytes: while the data's disk has less, new calls wait, `room_wait_s` at most.
+    durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`).
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
 
@@ -33,4 +35,7 @@ class Config:
     spool_dir: Path | None = None
     backfill: bool = False
     claim_timeout_s: float = 600.0
+    min_free_bytes: int = 1 << 30
+    room_wait_s: float = 10.0
+    durability: Literal["async", "sync"] = "async"
     capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)

@@ -24,7 +24,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, BadRun
+from episodes.errors import BadInput, BadRun, NotStored
 from episodes.layout import check_name
 from episodes.messages import JSON
 from episodes.records import Call, Role
@@ -67,6 +67,7 @@ class Exchange:
     foreign: JSON = field(default_factory=dict)
     told: bool = False
     refused: bool = False
+    recorded: bool = False
 
     @property
     def claimable(self) -> bool:
@@ -172,8 +173,7 @@ class Proxy:
         if episode is not None:
             check_name("episode", episode)
         recording = await self._recorder.run(run)
-        if recording.full:
-            return _error(503, "too many calls wait to be written to disk", "overloaded", {"Retry-After": "5"})
+        await recording.room()
         body = await request.read()
         fields = messages.parse_object(body)
         call = f"c-{uuid.uuid4().hex[:16]}"
@@ -188,6 +188,7 @@ class Proxy:
             headers[CAPTURE_HEADER] = capture.header()
         place = recording.place(call, said, part, episode, _retried(request))
         asked = Exchange(call, path, place, part.role, episode is not None, fields, body, capture)
+        recording.begin(asked.call())
         try:
             return await self._exchange(request, path, sent, headers, asked, recording)
         except asyncio.CancelledError:
@@ -198,9 +199,12 @@ class Proxy:
             asked.status = 502
             asked.refused = isinstance(error, aiohttp.ClientConnectorError)
             return _error(502, asked.error, "worker_failed")
+        except NotStored as error:
+            asked.error, asked.status = str(error), 503
+            raise
         finally:
             self._replied(asked, recording)
-            recording.record(asked.call(), asked.claimable, asked.foreign)
+            self._record(asked, recording)
 
     def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:
         """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
@@ -242,7 +246,7 @@ class Proxy:
             whole, asked.foreign = messages.without_activations(await upstream.read())
             asked.status = upstream.status
             asked.reply = messages.parse_object(whole)
-            self._replied(asked, recording)
+            await self._may_end(asked, recording)
             return web.Response(status=upstream.status, body=whole, headers=_reply_headers(upstream))
 
     async def _stream(
@@ -263,16 +267,23 @@ class Proxy:
                     if messages.event_data(kept) == b"[DONE]":
                         # The client may send its next call on seeing this: its thread must be waiting by then.
                         asked.reply = messages.assemble(seen)
-                        self._replied(asked, recording)
+                        await self._may_end(asked, recording)
                     await reply.write(kept)
             if cutter.rest:
                 await reply.write(cutter.rest)
+            if asked.reply is None:
+                asked.reply = messages.assemble(seen)
+            await self._may_end(asked, recording)
             await reply.write_eof()
         except ConnectionError:  # on writing: aiohttp's errors of reading are not of this kind
             asked.error = GONE
         except (aiohttp.ClientError, TimeoutError) as error:
             # Part of the reply is out: all that can be done is to break it off, so that no one takes it for whole.
             asked.error = f"the worker failed: {error or type(error).__name__}"
+            if request.transport is not None:
+                request.transport.abort()
+        except NotStored as error:
+            asked.error = str(error)
             if request.transport is not None:
                 request.transport.abort()
         finally:
@@ -288,6 +299,20 @@ class Proxy:
         good = asked.status == 200 and asked.error is None and asked.reply is not None
         replies = messages.reply_messages(asked.reply) if good and asked.reply is not None else []
         recording.replied(asked.place, replies)
+
+    async def _may_end(self, asked: Exchange, recording: Recording) -> None:
+        """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
+        self._replied(asked, recording)
+        if self._config.durability == "sync":
+            self._record(asked, recording)
+        await recording.may_end(asked.id)
+
+    @staticmethod
+    def _record(asked: Exchange, recording: Recording) -> None:
+        """Hand a call to the recorder, once."""
+        if not asked.recorded:
+            asked.recorded = True
+            recording.record(asked.call(), asked.claimable, asked.foreign)
 
     def _headers(self, request: web.Request) -> dict[str, str]:
         """What the worker gets to see of a client's headers: no credentials, no cookies."""
@@ -316,6 +341,8 @@ async def _in_openai_shape(request: web.Request, handler: Handler) -> web.Stream
         return await handler(request)
     except BadInput as error:
         return _error(400, str(error), "invalid_request_error")
+    except NotStored as error:
+        return _error(503, str(error), "overloaded", {"Retry-After": "5"})
     except BadRun as error:
         return _error(409, str(error), "run_unusable")
     except web.HTTPRequestEntityTooLarge:

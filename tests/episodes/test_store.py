@@ -69,13 +69,16 @@ class Writer:
         claim.write_bytes(
             b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
         )
+        return self.store.commit(self.call(name, episode, turn, points), claim)
+
+    @staticmethod
+    def call(name, episode="e", turn=0, points=POINTS):
         request = json.dumps({"messages": [{"role": "user", "content": f"say {turn}"}] * (2 * turn + 1)})
         reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "ok"}}]})
-        call = Call(
+        return Call(
             id=name, thread=f"t-{episode}", episode=episode, turn=turn, attempt=0, endpoint="/v1/chat/completions",
             model="m", started=1.0, ended=2.0, status=200, request=request, reply=reply, points=points,
         )  # fmt: skip
-        return self.store.commit(call, claim)
 
     def close(self):
         self.store.close()
@@ -251,6 +254,30 @@ def test_the_index_tables_say_what_the_run_holds(tmp_path):
     episodes = {row["episode"]: row for row in pq.read_table(writer.layout.episodes).to_pylist()}
     assert (episodes["e"]["status"], episodes["f"]["status"]) == ("sealed", "live")
     assert (episodes["e"]["n_rows"], episodes["e"]["n_shared"], episodes["e"]["n_turns"]) == (8, 5, 2)
+
+
+def test_a_run_is_read_by_its_index_where_that_stands_for_the_whole_journal(tmp_path):
+    """The same calls, rows and tables come out with and without it, and with it the journal is not read through."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.commit("c4", [1, 2, 3, 9], [8, 7], computed=3, turn=2)  # position 2 of these tokens is c1's
+    writer.store.seal("e")
+    writer.close()
+    whole = open_run(writer.layout.root)
+    writer = Writer(tmp_path)
+    writer.store.roll()
+    run = writer.close()
+    assert [call.record for call in run.episode("e")] == [call.record for call in whole.episode("e")]
+    assert [call.spans() for call in run.episode("e")] == [call.spans() for call in whole.episode("e")]
+    for name, tokens in {"c2": [1, 2, 3, 4, 5, 6, 7, 8], "c3": [1, 2, 9], "c4": [1, 2, 3, 9, 8]}.items():
+        assert np.array_equal(run.call(name).activations(POINTS[1]), expected(tokens, POINTS[1]))
+    assert run.episodes.equals(whole.episodes) and run.calls.equals(whole.calls) and run.names == ["e", "f"]
+    assert not vars(run).keys() & {"history", "_lines"}
+    with pytest.raises(BadName, match="no call"):
+        run.call("c9")
+    writer = Writer(tmp_path)
+    writer.commit("c5", [5], [6])  # the journal is ahead now
+    assert [call.record.id for call in writer.close().episode("e")] == ["c1", "c2", "c4", "c5"]
 
 
 def test_a_shard_is_compressed_or_not_as_the_run_says(tmp_path):

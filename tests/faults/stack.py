@@ -106,7 +106,7 @@ class Stack:
     def proxy_to(self, backend: str, *flags: str) -> Process:
         """The proxy, to be started, in front of this backend."""
         command = [sys.executable, "-m", "proxy", "proxy", "--backend", backend, "--port", f"{self.port}"]
-        command += ["--data", f"{self.run_dir.parent}", "--run", self.run_dir.name, *flags]
+        command += ["--data", f"{self.run_dir.parent}", "--run", self.run_dir.name, "--min-free-bytes", "0", *flags]
         self.proxy = Process(command, f"{self.url}/health/live", self.home / "proxy.log")
         return self.proxy
 
