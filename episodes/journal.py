@@ -17,6 +17,7 @@ _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 
+CUT_SHORT = "the line is cut short"
 TAIL = 1 << 16
 
 
@@ -35,8 +36,10 @@ def encode(record: Record) -> bytes:
 def decode(line: bytes) -> Record:
     """The record in a line with its newline; CorruptFile says what is wrong with it."""
     checksum, blank, text = line[:8], line[8:9], line[9:-1]
-    if line[-1:] != b"\n" or blank != b" ":
-        raise CorruptFile("the line is cut short")
+    if line[-1:] != b"\n":
+        raise CorruptFile(CUT_SHORT)
+    if blank != b" ":
+        raise CorruptFile("the line has no checksum")
     if checksum != b"%08x" % zlib.crc32(text):
         raise CorruptFile("the checksum does not match")
     try:

@@ -53,13 +53,14 @@ class Run:
         return [line for _, line in self._lines if isinstance(line, journal.Broken)]
 
     @property
-    def _records(self) -> list[tuple[int, records.Record]]:
+    def lines(self) -> list[tuple[int, records.Record]]:
+        """The journal's other lines, each with its place."""
         return [(at, line) for at, line in self._lines if not isinstance(line, journal.Broken)]
 
     @cached_property
     def history(self) -> History:
         """All that the journal adds up to, read whole."""
-        return History(record for _, record in self._records)
+        return History(record for _, record in self.lines)
 
     @property
     def calls(self) -> pa.Table:
@@ -73,7 +74,7 @@ class Run:
 
     @cached_property
     def _tables(self) -> list[pa.Table]:
-        return list(index(self.history, self.layout, self._records))
+        return list(index(self.history, self.layout, self.lines))
 
     @property
     def names(self) -> list[str]:

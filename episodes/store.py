@@ -135,7 +135,7 @@ class Store:
         """
         if foreign is not None:
             with whole(self.layout.foreign_file(call.id)) as draft:
-                draft.write_bytes(zstandard.compress(foreign, 3))
+                draft.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(foreign))
             call = msgspec.structs.replace(call, foreign=True)
         if claim is None:
             self._append(call)

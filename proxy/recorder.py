@@ -224,7 +224,7 @@ class Recording:
             return None
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id)
-            self._lost(call, str(error))
+            self._n_lost += 1
             return f"the call could not be recorded: {error}"
         finally:
             self._refused.pop(call.id, None)

@@ -6,12 +6,14 @@ from pathlib import Path
 import ml_dtypes
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from episodes.commands import COMMANDS
 from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, RunLocked, UnknownPoint, WrongFormat, WrongModel
+from episodes.journal import encode, read
 from episodes.layout import Layout, check_name
 from episodes.records import Call, Model
 from episodes.run import open_run
@@ -388,9 +390,23 @@ def damaged(tmp_path, harm, sealed=True):
     talk(writer)
     if sealed:
         writer.store.seal("e")
+    writer.store.roll()
     writer.close()
     harm(writer.layout)
     return "\n".join(problems(open_run(writer.layout.root)))
+
+
+def again(layout, n, **changed):
+    """Append a record of the journal once more, changed."""
+    record = list(read(layout.journal))[n]
+    with layout.journal.open("ab") as file:
+        file.write(encode(msgspec.structs.replace(record, **changed)))
+
+
+def other_index(layout):
+    """An index that stands for the whole journal and says something else."""
+    table = pq.read_table(layout.calls)
+    pq.write_table(table.set_column(0, "call", pa.array(["c1", "c2", "c0"])), layout.calls)
 
 
 def flip(path: Path, at: int) -> None:
@@ -410,6 +426,13 @@ def flip(path: Path, at: int) -> None:
         (lambda lo: (lo.shards / "z.parquet").write_bytes(b""), True, "shards/z.parquet: no sealed episode"),
         (lambda lo: (lo.live / ".c.claim").write_bytes(b""), True, "not finished"),
         (lambda lo: lo.live_file("t-f", "c3").rename(lo.live_file("t-f", "c9")), True, "no call in the journal"),
+        (lambda lo: again(lo, 0), True, "call c1: in the journal 2 times"),
+        (lambda lo: again(lo, 0, id="c0"), True, "call c0, choice 0: another stores rows of 0 to 5 too"),
+        (lambda lo: again(lo, 3, calls=["c0"]), True, "episode e: sealed with call c0, which the journal lacks"),
+        (lambda lo: again(lo, 2, id="c0", kept=[], foreign=True), True, "foreign/c0.json.zst"),
+        (lambda lo: flip(lo.calls, 2000), True, "calls.parquet"),
+        (lambda lo: other_index(lo), True, "calls.parquet: not what the journal says"),
+        (lambda lo: lo.begun.write_bytes(encode(Writer.call("c9"))), True, "call c9: its proxy was stopped before"),
     ],
 )
 def test_verify_finds_what_is_damaged(tmp_path, harm, sealed, says):
