@@ -32,7 +32,10 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
+    """A call whose activations a worker holds, and the salt that its proxy gave."""
+
     call: str
+    salt: str
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -130,11 +133,11 @@ class Backend:
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
         return self._in_sight
 
-    async def waiting(self) -> list[str]:
+    async def waiting(self) -> list[Held]:
         """The calls whose activations the worker holds, anybody's; none if it does not say."""
         try:
             async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
-                return [held.call for held in msgspec.json.decode(await reply.read(), type=Waiting).data]
+                return msgspec.json.decode(await reply.read(), type=Waiting).data
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
             return []
 
