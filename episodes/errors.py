@@ -11,6 +11,7 @@ TautapError
 │   ├── RunLocked        another process is writing it
 │   └── CorruptFile      bytes that are not what the format says
 ├── WorkerFailed         a worker that cannot be reached or broke off: HTTP answers 502
+│   ├── WorkerUnreachable  one that was sent nothing
 │   └── WorkerTooSlow    one that kept us waiting longer than it may: HTTP answers 504
 ├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
 ├── MissingRows          a reader asked for rows that were never stored
@@ -68,6 +69,10 @@ class CorruptFile(BadRun):
 
 
 class WorkerFailed(TautapError):
+    pass
+
+
+class WorkerUnreachable(WorkerFailed):
     pass
 
 

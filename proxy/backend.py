@@ -32,7 +32,10 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Held(msgspec.Struct, frozen=True):
+    """A call whose activations a worker holds, and the salt that its proxy gave."""
+
     call: str
+    salt: str
 
 
 class Waiting(msgspec.Struct, frozen=True):
@@ -135,23 +138,24 @@ class Backend:
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
         return self._in_sight
 
-    async def waiting(self) -> list[str]:
+    async def waiting(self) -> list[Held]:
         """The calls whose activations the worker holds, anybody's; none if it does not say."""
         try:
             async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
-                return [held.call for held in msgspec.json.decode(await reply.read(), type=Waiting).data]
+                return msgspec.json.decode(await reply.read(), type=Waiting).data
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
             return []
 
     async def forget(self, call: str) -> None:
-        """Tell the worker that a call's activations are stored, or not wanted. It is told once: a worker that cannot
-        be reached has lost them anyway or keeps them until it restarts.
+        """Tell the worker that a call's activations are stored, or not wanted. One that cannot be reached several times
+        has lost them anyway, or clears them away when it starts.
         """
-        try:
-            async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
-                pass
-        except (aiohttp.ClientError, TimeoutError):
-            return
+        for pause_s in (RETRY_S, RETRY_S, 0):
+            try:
+                async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
+                    return
+            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+                await asyncio.sleep(pause_s)
 
 
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:

@@ -64,6 +64,7 @@ class Recording:
         self._syncing: asyncio.Task[None] | None = None
         self._begun: dict[str, asyncio.Future[str | None]] = {}
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
+        self._family = f"{store.run.run}/{store.run.created!r}/"
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
         self._backfill = Backfill(store, backend, self._on_disk) if config.backfill else None
@@ -110,20 +111,21 @@ class Recording:
         if model is not None:
             await self._on_disk(self._store.describe, model)
             self._described = True
-            await self._forget_recorded()
+            await self._forget_left()
 
-    async def _forget_recorded(self) -> None:
-        """Let the worker forget what it holds of calls that are recorded: a proxy that died had no time to say so."""
-        waiting = await self._backend.waiting()
-        if waiting:
-            recorded = await self._on_disk(lambda: self._store.history.calls.keys() | self._store.history.held)
-            for call in recorded & set(waiting):
-                await self._backend.forget(call)
+    async def _forget_left(self) -> None:
+        """Let the worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
+        calls so young that nothing was noted of them.
+        """
+        for held in await self._backend.waiting():
+            ours = held.salt.startswith(self._family) and not held.salt.startswith(f"{self._family}{self._start}.")
+            if ours and held.call not in self._tasks:
+                await self._backend.forget(held.call)
 
     @property
     def salt(self) -> str:
         """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
-        return f"{self._store.run.run}/{self._start}.{self._n_lost}"
+        return f"{self._family}{self._start}.{self._n_lost}"
 
     async def room(self) -> None:
         """Wait until one more call can be taken; NotStored, with the reason, if that is not soon."""

@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, NotStored, WorkerFailed
+from episodes.errors import BadInput, NotStored, WorkerFailed, WorkerUnreachable
 from episodes.events import Events, Transcript
 from episodes.layout import check_name
 from episodes.messages import JSON
@@ -207,6 +207,7 @@ class Proxy:
                 "POST", exchange.endpoint, request.rel_url.raw_query_string, headers, body
             ) as upstream:
                 exchange.first_byte = time.time()
+                exchange.refused = upstream.status != 200
                 if upstream.content_type == "text/event-stream":
                     reply = _answer(upstream)
                     await self._stream(request, reply, upstream, exchange, recording)
@@ -220,6 +221,7 @@ class Proxy:
             exchange.error = GONE
         except (WorkerFailed, NotStored) as error:
             exchange.error = str(error)
+            exchange.refused |= isinstance(error, WorkerUnreachable)
             if not reply.prepared:
                 exchange.status = status(error)
                 raise

@@ -151,7 +151,9 @@ class Engine:
 class Stub:
     """The HTTP side; `faults` and `engine` can be changed while it runs.
 
-    faults: "garbage" (a 200 that is no JSON), "cut" (the reply breaks off), "429", "500"; one per call to come.
+    faults: one per call to come; a field `stub_fault` in a body is that call's own.
+        "garbage" (a 200 that is no JSON, a stream with an event that is none), "cut" (the reply breaks off), "stall"
+        (it stops half way and nothing more comes), "silence" (nothing comes at all), "429", "500"
     """
 
     def __init__(self, spool: Path, api_key: str | None = None, **engine: Any) -> None:
@@ -192,10 +194,12 @@ class Stub:
             return _error(400, f"bad request: {error!r}")
         if body.get("model") != MODEL:
             return _error(404, f"The model `{body.get('model')}` does not exist.")
-        fault = self.faults.pop(0) if self.faults else None
+        fault = body.get("stub_fault") or (self.faults.pop(0) if self.faults else None)
         if fault in ("429", "500"):
             return _error(int(fault), "told to fail")
-        if fault == "garbage":
+        if fault == "silence":
+            return await _silence(request)
+        if fault == "garbage" and not body.get("stream"):
             return Response(b"<html>", media_type="application/json")
         n = body.get("n") or 1
         if spared:  # nothing to record
@@ -230,8 +234,8 @@ class Stub:
         n_prompt, n_completion = sum(map(len, prompts)), sum(len(t) for p in texts for t in p)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
         reply = json.dumps({**head, "choices": choices, "usage": usage, **self.foreign}).encode()
-        if fault == "cut":
-            return StreamingResponse(_cut(reply), headers={"content-type": "application/json"})
+        if fault in ("cut", "stall"):
+            return StreamingResponse(_half(reply, fault), headers={"content-type": "application/json"})
         return Response(reply, media_type="application/json")
 
     @staticmethod
@@ -266,12 +270,24 @@ class Stub:
                 yield event(part.index, {"content": bytes(part.token_ids).decode()}, part.finish_reason)
             if fault == "cut":
                 raise ConnectionError("told to cut")
+            if fault == "stall":
+                await asyncio.Event().wait()
+            if fault == "garbage":
+                yield b"data: \xff{<html>\n\n"
         yield b"data: [DONE]\n\n"
 
 
-async def _cut(reply: bytes) -> AsyncIterator[bytes]:
+async def _half(reply: bytes, fault: str) -> AsyncIterator[bytes]:
     yield reply[: len(reply) // 2]
-    raise ConnectionError("told to cut")
+    if fault == "cut":
+        raise ConnectionError("told to cut")
+    await asyncio.Event().wait()
+
+
+async def _silence(request: Request) -> Response:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return Response()
 
 
 def _error(status: int, message: str) -> Response:
@@ -335,4 +351,6 @@ if __name__ == "__main__":  # a worker's command line, as far as `tautap up` nee
     if "--fail" in flags:
         sys.exit(f"told to fail with {flags['--fail']}")
     with tempfile.TemporaryDirectory() as scratch:
-        server(Stub(Path(scratch)), port=int(flags["--port"])).run()
+        told = Stub(Path(flags.get("--spool-dir", scratch)))
+        told.token_s = float(flags.get("--token-s", 0))
+        server(told, port=int(flags["--port"])).run()

@@ -46,11 +46,12 @@ class Growing:
 
 @dataclass
 class Call:
-    """A captured call. ended: set when the request is over, at `ended_at` monotonic seconds."""
+    """A captured call. salt: its `Capture`'s. ended: set when the request is over, at `ended_at` monotonic seconds."""
 
     id: str
     points: list[str]
     tokens: wire.Tokens
+    salt: str = ""
     sequences: list[Growing] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
@@ -89,13 +90,13 @@ class Ledger:
         self._secret = uuid.uuid4().hex
         self._unwanted: list[Call] = []
 
-    def open(self, call_id: str, points: list[str], tokens: wire.Tokens) -> Call:
+    def open(self, call_id: str, points: list[str], tokens: wire.Tokens, salt: str = "") -> Call:
         if len(self._calls) >= CALL_LIMIT:
             oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
         self._unwanted = [call for call in self._unwanted if not self._clear(call)]
-        self._calls[call_id] = call = Call(call_id, points, tokens)
+        self._calls[call_id] = call = Call(call_id, points, tokens, salt)
         return call
 
     def ticket(self, call_id: str) -> str:
@@ -183,6 +184,7 @@ class Ledger:
         return [
             {
                 "call": call.id,
+                "salt": call.salt,
                 "state": "ended" if call.ended.is_set() else "running",
                 "bytes": sum(
                     path.stat().st_size

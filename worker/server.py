@@ -115,7 +115,7 @@ class CaptureMiddleware:
             (b"content-length", str(len(body)).encode()),
             (b"x-request-id", capture.call.encode()),
         ]
-        call = self._ledger.open(capture.call, points, capture.tokens)
+        call = self._ledger.open(capture.call, points, capture.tokens, capture.salt)
         if collect is None or not collect.return_activations or fields.get("stream"):
             try:
                 await self._app(scope, _replay(body, receive), send)
