@@ -31,6 +31,7 @@ ENDS = {
     "react": "Try to be helpful and always follow the policy.\n",
 }
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+EXAMPLES = ["user: Hi!\nassistant: Hello.", "user: My seat?\ntool: {}\nassistant: 12A."]
 LABELS = {"user": "Customer", "assistant": "Agent", "system": "System"}
 
 
@@ -152,7 +153,9 @@ class Playing:
     def _system(self) -> JSON:
         if self._task.agent in ENDS:
             return {"role": "system", "content": POLICY + TEXT_AGENT + ENDS[self._task.agent]}
-        return {"role": "system", "content": self._task.traj[0]["content"]}
+        shots = self._random.sample(EXAMPLES, len(EXAMPLES)) if self._task.agent == "few-shot" else []
+        examples = [f"Example {i + 1}:\n{shot}" for i, shot in enumerate(shots)]
+        return {"role": "system", "content": "\n\n".join([self._task.traj[0]["content"], *examples])}
 
     def _act(self, messages: list[JSON], message: JSON) -> JSON:
         calls = message.get("tool_calls")
