@@ -57,8 +57,6 @@ class Recording:
         self._n_lost = 0
         self._backfill = Backfill(store, backend, self._on_disk) if backfill else None
         self._described = False
-        # What this process has recorded: calls, tokens, rows, bytes of vectors.
-        self.counts: Counter[str] = Counter()
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -89,6 +87,14 @@ class Recording:
     def salt(self) -> str:
         """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
         return f"{self._store.run.run}/{self._start}.{self._n_lost}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the run holds so far: calls, tokens, rows, and bytes of vectors as they came."""
+        model, counts = self._store.run.recorded, self._store.history.counts
+        vector_bytes = model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
+        held = {name: counts[name] for name in ("calls", "tokens", "rows")}
+        return held | {"bytes": counts["vectors"] * vector_bytes}
 
     @property
     def full(self) -> bool:
@@ -123,7 +129,6 @@ class Recording:
             if claim:
                 call = await self._claim(call)
             call = await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
-            self._count(call)
             if claim:
                 await self._backend.forget(call.id)
         except Exception as error:
@@ -134,13 +139,6 @@ class Recording:
             self._touched[call.thread] = time.monotonic()
             if not any(self._pending.values()):
                 self._settled.set()
-
-    def _count(self, call: Call) -> None:
-        model = self._store.run.recorded
-        row_bytes = len(call.points) * model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
-        self.counts.update(
-            calls=1, tokens=call.n_prompt + call.n_completion, rows=call.n_kept, bytes=call.n_kept * row_bytes
-        )
 
     async def _claim(self, call: Call) -> Call:
         async with self._slots:
