@@ -9,6 +9,7 @@ from typing import Literal
 
 from episodes.records import Role
 from episodes.wire import Tokens
+from proxy.logs import Format
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Config:
 
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     backfill: run again what an episode's calls lack, before it is sealed.
+    drain_s: how long what is under way may take when the proxy is to stop.
     aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
@@ -33,4 +35,6 @@ class Config:
     spool_dir: Path | None = None
     backfill: bool = False
     claim_timeout_s: float = 600.0
+    drain_s: float = 120.0
+    log_format: Format = "text"
     capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Any, TypeVar
 
 import msgspec
@@ -29,15 +31,19 @@ from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
 from episodes.threads import Place
 from episodes.wire import DTYPE_CODES, DTYPES
+from proxy import logs
 from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
+from proxy.metrics import Metrics
 
 logger = logging.getLogger("tautap.proxy")
 
 CLAIMS_AT_ONCE = 16
 PENDING_LIMIT = 4096
 SETTLE_S = 30.0
+LATE_S = 0.05
+STOPPED = "the proxy had to stop before they were claimed"
 
 T = TypeVar("T")
 
@@ -45,12 +51,15 @@ T = TypeVar("T")
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
-    def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore, backfill: bool = False) -> None:
+    def __init__(
+        self, store: Store, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics, backfill: bool = False
+    ) -> None:
         """backfill: run again what calls of an episode lack before it is sealed."""
         self._cast = Cast(DIALECT)
         self._store = store
         self._backend = backend
         self._slots = slots
+        self._metrics = metrics
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
         self._start = uuid.uuid4().hex[:8]
@@ -64,11 +73,16 @@ class Recording:
         self._touched: dict[str, float] = {}
         self._ending: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._claims: set[asyncio.Task[None]] = set()
+        # When to be done with everything, on the loop's clock.
+        self._deadline: float | None = None
 
     @classmethod
-    async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
+    async def open(
+        cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics
+    ) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, backend, slots, config.backfill)
+        recording = cls(store, backend, slots, metrics, config.backfill)
         left = await asyncio.to_thread(store.history.unsealed)
         recording._cast.replay(left)
         recording._touched = dict.fromkeys((call.thread for call in left), time.monotonic())
@@ -91,15 +105,34 @@ class Recording:
     @property
     def counts(self) -> dict[str, int]:
         """What the run holds so far: calls, tokens, rows, and bytes of vectors as they came."""
-        model, counts = self._store.run.recorded, self._store.history.counts
-        vector_bytes = model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
+        counts = self._store.history.counts
         held = {name: counts[name] for name in ("calls", "tokens", "rows")}
-        return held | {"bytes": counts["vectors"] * vector_bytes}
+        return held | {"bytes": counts["vectors"] * self._vector_bytes}
+
+    @property
+    def _vector_bytes(self) -> int:
+        model = self._store.run.recorded
+        return model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
+
+    @property
+    def n_in_flight(self) -> int:
+        """Calls whose reply is not over."""
+        return sum(self._pending.values()) - self.n_queued
+
+    @property
+    def n_queued(self) -> int:
+        """Calls whose reply is over and that are not on disk yet."""
+        return len(self._tasks)
+
+    @property
+    def n_live(self) -> int:
+        """Episodes with a call that no shard holds."""
+        return sum(bool(episode.calls) for episode in self._store.history.episodes.values())
 
     @property
     def full(self) -> bool:
         """Whether so many calls wait to be committed that no more should be taken."""
-        return len(self._tasks) >= PENDING_LIMIT
+        return self.n_queued >= PENDING_LIMIT
 
     def part(self, messages: list[JSON] | None) -> Part:
         """Who speaks in a call with these messages."""
@@ -118,21 +151,28 @@ class Recording:
         """The call at `place` is over, for its conversation to go on; no replies if it failed."""
         self._cast.replied(place, replies)
 
-    def record(self, call: Call, claim: bool, foreign: JSON) -> None:
-        """Take a finished call, whatever became of it. claim: the worker may have activations of it."""
-        task = asyncio.create_task(self._record(call, claim, foreign))
+    def record(self, call: Call, claim: bool, foreign: JSON, added_s: float) -> None:
+        """Take a finished call, whatever became of it. claim: the worker may have activations of it. added_s: how long
+        the proxy itself was at it.
+        """
+        task = asyncio.create_task(self._record(call, claim, foreign, added_s))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _record(self, call: Call, claim: bool, foreign: JSON) -> None:
+    async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float) -> None:
+        self._metrics.ended(call, added_s)
         try:
             if claim:
-                call = await self._claim(call)
-            call = await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
+                with self._metrics.claim.time():
+                    call = await self._claim(call)
+            with self._metrics.commit.time():
+                call, rows = await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
+            self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
+            logs.recorded(self._store.run.run, call, rows)
             if claim:
                 await self._backend.forget(call.id)
         except Exception as error:
-            logger.exception("call %s could not be recorded", call.id)
+            logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
             self._lost(call, str(error))
         finally:
             self._pending[call.thread] -= 1
@@ -142,8 +182,14 @@ class Recording:
 
     async def _claim(self, call: Call) -> Call:
         async with self._slots:
+            claim = asyncio.create_task(self._backend.claim(call.id, self._store.draft(call.id)))
+            self._claims.add(claim)
+            claim.add_done_callback(self._claims.discard)
             try:
-                await self._backend.claim(call.id, self._store.draft(call.id))
+                await asyncio.wait([claim])
+                claim.result()
+            except asyncio.CancelledError:
+                return self._lost(call, STOPPED)
             except CaptureLost as error:
                 return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
             except (TautapError, OSError) as error:
@@ -152,19 +198,27 @@ class Recording:
 
     def _lost(self, call: Call, reason: str) -> Call:
         """The call without its activations. What it computed may be cached, so a new epoch begins."""
-        logger.warning("call %s: no activations: %s", call.id, reason)
+        logger.warning("call %s: no activations: %s", call.id, reason, extra=logs.about(call))
+        self._metrics.failed(reason)
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
-    def _commit(self, call: Call, foreign: bytes | None) -> Call:
-        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound."""
+    def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Counter[str]]:
+        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound. With it
+        comes how many of its positions it stored, shares with an earlier call, or lacks.
+        """
         draft = self._store.draft(call.id)
         try:
-            return self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
+            call = self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
         except CorruptFile as error:
-            return self._store.commit(self._lost(call, str(error)), None, foreign)
+            call = self._store.commit(self._lost(call, str(error)), None, foreign)
         finally:
             draft.unlink(missing_ok=True)
+        rows: Counter[str] = Counter()
+        for span in chain.from_iterable(self._store.history.spans(call).values()):
+            kind = "missing" if span.owner is None else "stored" if span.owner.call == call.id else "shared"
+            rows[kind] += span.stop - span.start
+        return call, rows
 
     async def seal(self, idle_s: float) -> None:
         """Note which threads make up which episode, and seal those where none has a call under way or had one for
@@ -180,20 +234,24 @@ class Recording:
             except Exception:
                 logger.exception("the threads of episode %s could not be noted", group.episode)
                 continue
-            if self._backfill is not None and self._quiet(group, since):
+            if self._backfill is not None and not self._late and self._quiet(group, since):
                 await self._fill(self._backfill, group.episode)
             if self._quiet(group, since):
                 self._close(group)
         for episode in sorted(self._ending & self._store.history.episodes.keys()):
+            if self._late:
+                break
             try:
-                await self._on_disk(self._store.seal, episode)
+                sealed = await self._on_disk(self._store.seal, episode)
+                self._metrics.sealed.inc(sealed is not None)
                 self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
 
     async def _fill(self, backfill: Backfill, episode: str) -> None:
         try:
-            await backfill.fill(self._store.history.episodes[episode].unsealed)
+            async with asyncio.timeout_at(self._deadline):
+                await backfill.fill(self._store.history.episodes[episode].unsealed)
         except Exception:
             logger.exception("episode %s could not be filled", episode)
 
@@ -230,11 +288,24 @@ class Recording:
         await self._on_disk(self._store.roll)
         return found, n_new
 
-    async def close(self) -> None:
-        """Record what is under way, seal everything, roll the index."""
+    @property
+    def _late(self) -> bool:
+        return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
+
+    async def close(self, deadline: float) -> None:
+        """Record what is under way, seal everything, roll the index. By the deadline, on the loop's clock: then what
+        is not claimed is lost, and what is not sealed is left live.
+        """
+        self._deadline = deadline
         while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            left_s = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(self._tasks, timeout=max(left_s, LATE_S))
+            if self._late:
+                for claim in self._claims:
+                    claim.cancel()
         await self.seal(0)
+        if self._late and self.n_live:
+            logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
         await self._on_disk(self._store.roll)
         await self._on_disk(self._store.close)
         self._disk.shutdown()
@@ -246,13 +317,21 @@ class Recording:
 class Recorder:
     """The runs that a proxy writes, opened as they are named, and the task that seals what has gone quiet."""
 
-    def __init__(self, config: Config, backend: Backend) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
         self.config = config
         self._backend = backend
+        self._metrics = metrics
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
         self._opening = asyncio.Lock()
         self._sealing: asyncio.Task[None] | None = None
+        self._deadline: float | None = None
+        runs, data = self._runs, config.data
+        metrics.look_up("runs", "Runs that are open.", lambda: len(runs))
+        metrics.look_up("in_flight", "Calls under way.", lambda: sum(r.n_in_flight for r in runs.values()))
+        metrics.look_up("queue", "Calls waiting to be on disk.", lambda: sum(r.n_queued for r in runs.values()))
+        metrics.look_up("episodes_live", "Episodes not sealed.", lambda: sum(r.n_live for r in runs.values()))
+        metrics.look_up("disk_free_bytes", "Room where the runs lie.", lambda: shutil.disk_usage(data).free)
 
     async def start(self) -> None:
         """Open the default run, so that a directory that cannot be used stops the proxy here."""
@@ -266,7 +345,7 @@ class Recorder:
             async with self._opening:
                 if name not in self._runs:
                     layout = Layout(self.config.data / name)
-                    opened = await Recording.open(layout, self.config, self._backend, self._slots)
+                    opened = await Recording.open(layout, self.config, self._backend, self._slots, self._metrics)
                     self._runs[name] = opened
         recording = self._runs[name]
         await recording.describe()
@@ -283,10 +362,16 @@ class Recorder:
             for recording in list(self._runs.values()):
                 await recording.seal(idle_s)
 
+    def drain(self) -> float:
+        """From now on there are `drain_s` for all that is under way; returns when they are over."""
+        self._deadline = asyncio.get_running_loop().time() + self.config.drain_s
+        return self._deadline
+
     async def close(self) -> None:
         if self._sealing is not None:
             self._sealing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sealing
+        deadline = self._deadline or self.drain()
         for recording in self._runs.values():
-            await recording.close()
+            await recording.close(deadline)

@@ -4,7 +4,7 @@
 /runs/<run>/v1/…           the same, recorded into that run
 /episodes/<id>/v1/…        the same, as calls of that episode (so does a header `X-Episode-Id: <id>`)
 /tautap/runs/<run>         `proxy.admin`
-/health/live /health/ready
+/health/live /health/ready /metrics
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from episodes.messages import JSON
 from episodes.records import Call, Role
 from episodes.threads import Place
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
-from proxy import admin
+from proxy import admin, metrics
 from proxy.backend import Backend
 from proxy.config import Config
+from proxy.metrics import Metrics, Watch
 from proxy.recorder import Recorder, Recording
 
 BODY_LIMIT = 256 << 20
@@ -63,6 +64,7 @@ class Exchange:
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
     told: bool = False
+    watch: Watch = field(default_factory=Watch)
 
     def call(self) -> Call:
         return Call(
@@ -99,8 +101,10 @@ class Proxy:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=BODY_LIMIT, middlewares=[_in_openai_shape])
         app.cleanup_ctx.append(self._run)
+        app.on_shutdown.append(self._drain)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
+        app.router.add_get("/metrics", metrics.answer)
         app.add_routes(admin.routes())
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
@@ -111,13 +115,17 @@ class Proxy:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
             self._session = session
-            self._backend = Backend(self._config, session)
-            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend)
+            self._backend = app[metrics.BACKEND] = Backend(self._config, session)
+            counted = app[metrics.METRICS] = Metrics()
+            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend, counted)
             try:
                 await self._recorder.start()
                 yield
             finally:
                 await self._recorder.close()
+
+    async def _drain(self, app: web.Application) -> None:
+        self._recorder.drain()
 
     async def _live(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "live"})
@@ -166,6 +174,7 @@ class Proxy:
         if recording.full:
             return _error(503, "too many calls wait to be written to disk", "overloaded", {"Retry-After": "5"})
         body = await request.read()
+        watch = Watch()
         fields = messages.parse_object(body)
         call = f"c-{uuid.uuid4().hex[:16]}"
         headers = self._headers(request) | {"X-Request-Id": call}
@@ -178,7 +187,7 @@ class Proxy:
         if capture is not None:
             headers[CAPTURE_HEADER] = capture.header()
         place = recording.place(call, said, part, episode, _retried(request))
-        asked = Exchange(call, path, place, part.role, episode is not None, fields, body, capture)
+        asked = Exchange(call, path, place, part.role, episode is not None, fields, body, capture, watch=watch)
         try:
             return await self._exchange(request, path, sent, headers, asked, recording)
         except asyncio.CancelledError:
@@ -190,7 +199,8 @@ class Proxy:
             return _error(502, asked.error, "worker_failed")
         finally:
             self._replied(asked, recording)
-            recording.record(asked.call(), capture is not None and asked.status in (0, 200), asked.foreign)
+            claimable = capture is not None and asked.status in (0, 200)
+            recording.record(asked.call(), claimable, asked.foreign, asked.watch.seconds)
 
     def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:
         """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
@@ -224,11 +234,14 @@ class Proxy:
         asked: Exchange,
         recording: Recording,
     ) -> web.StreamResponse:
+        asked.watch.pause()
         async with self._session.post(self._url(request, path), data=body, headers=headers) as upstream:
             asked.first_byte = time.time()
             if upstream.content_type == "text/event-stream":
                 return await self._stream(request, upstream, asked, recording)
-            whole, asked.foreign = messages.without_activations(await upstream.read())
+            whole = await upstream.read()
+            asked.watch.go_on()
+            whole, asked.foreign = messages.without_activations(whole)
             asked.status = upstream.status
             asked.reply = messages.parse_object(whole)
             self._replied(asked, recording)
@@ -330,7 +343,9 @@ async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> No
 
     BadInput if the data directory cannot be written or the port is taken; BadRun if the run cannot be used.
     """
-    runner = web.AppRunner(Proxy(config).app(), handler_cancellation=True, access_log=None, shutdown_timeout=60)
+    runner = web.AppRunner(
+        Proxy(config).app(), handler_cancellation=True, access_log=None, shutdown_timeout=config.drain_s
+    )
     try:
         try:
             await runner.setup()
