@@ -39,9 +39,9 @@ def runs(data: Path) -> None:
             path.name,
             recorded.model if recorded else "",
             " ".join(recorded.points) if recorded else "",
-            str(len(run.history.episodes)),
-            str(len(run.history.calls)),
-            f"{sum(call.n_kept for call in run.history.calls.values()):,}",
+            str(len(run.names)),
+            str(sum(run.episodes["n_calls"].to_pylist())),
+            f"{sum(run.episodes['n_rows'].to_pylist()):,}",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.about.created)),
         )
     if not table.rows:
@@ -96,9 +96,9 @@ def show(run: Path, episode: str | None) -> None:
     The EPISODE is of the directory RUN; without one, it is the run's first.
     """
     opened = open_run(run)
-    if not opened.history.episodes:
+    if not opened.names:
         raise BadRun(f"{run} holds no episode yet")
-    name = episode or next(iter(opened.history.episodes))
+    name = episode or opened.names[0]
     said: dict[str, int] = {}
     for call in opened.episode(name):
         _show_call(console(), call, said.get(call.record.thread, 0))
@@ -156,13 +156,19 @@ def _say(out: Console, role: str, message: JSON) -> None:
 def seal(run: Path) -> None:
     """Seal a run that no proxy is writing.
 
-    Moves the rows of every episode of the directory RUN into its shard, and writes the index tables.
+    Moves the rows of every episode of the directory RUN into its shard, and writes the index tables. What a proxy that
+    was killed left is finished or cleared away first, and said; of calls that it had not recorded, the rows that only
+    the worker has are lost then. Start a proxy on the run instead, and it fetches them.
     """
     layout = Layout(run)
     if not layout.run.exists():
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
+        for recovered in store.recovered:
+            click.echo(recovered)
+        for call in store.left:
+            click.echo(f"call {call.id}: {call.error}; recorded with what there is")
         sealed = store.seal_all(DIALECT)
         store.roll()
     finally:

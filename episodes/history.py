@@ -114,6 +114,11 @@ class History:
             if not old.calls and old.sealed is None:
                 del self.episodes[old.id]
 
+    @property
+    def held(self) -> set[str]:
+        """The calls that a shard holds."""
+        return {call for episode in self.episodes.values() if episode.sealed for call in episode.sealed.calls}
+
     def unsealed(self) -> list[Call]:
         """The calls that no shard holds yet."""
         return [call for episode in self.episodes.values() for call in episode.unsealed]

@@ -3,6 +3,7 @@
     <data>/<run>/
       run.json                          format, run, model, dtype, hidden size, points, versions, created
       journal.jsonl                     one checksummed line per call, seal, pair or link; append-only; the truth
+      begun.jsonl                       lines of calls that have begun, some of them in the journal by now
       live/<thread>/<call>.safetensors  call files (`episodes.wire`) of episodes that are not sealed yet
       shards/<episode>.parquet          a sealed episode: one row per token that it computed
       foreign/<call>.json.zst           activations that a backend which is not ours put into its reply
@@ -34,8 +35,12 @@ A page's checksum guards reading; the whole file's CRC-32 is in the journal's se
 
 **Journal line**: eight hex digits of the CRC-32 of the JSON, a blank, the JSON (`episodes.records`), a newline.
 
-Every file but the journal appears whole or not at all: written under a name that begins with a dot, synced, renamed,
-its directory synced. A call is committed when its journal line is on disk, and not before its live file is.
+Every file but the two of lines appears whole or not at all: written under a name that begins with a dot, synced,
+renamed, its directory synced. A call is committed when its journal line is on disk, and not before its live file is.
+
+**Crashes.** Before a call's reply ends, the call is in `begun.jsonl` as it was when it began. So after a crash a call
+whose reply had ended is in the journal, or a line there says that it is not. Who opens the run for writing records
+these calls first, with `error` and what can still be had of their rows (`episodes.recovery`).
 """
 
 from __future__ import annotations
@@ -68,6 +73,7 @@ class Layout:
         self.root = root
         self.run = root / "run.json"
         self.journal = root / "journal.jsonl"
+        self.begun = root / "begun.jsonl"
         self.live = root / "live"
         self.shards = root / "shards"
         self.foreign = root / "foreign"
@@ -77,6 +83,10 @@ class Layout:
 
     def live_file(self, thread: str, call: str) -> Path:
         return self.live / thread / f"{call}.safetensors"
+
+    def claim(self, call: str) -> Path:
+        """Where a call's activations lie while they are fetched."""
+        return self.live / f".{call}.claim"
 
     def shard(self, episode: str) -> Path:
         return self.shards / f"{episode}.parquet"

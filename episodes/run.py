@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from episodes import journal, records
 from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, UnknownPoint
-from episodes.history import Episode, History
+from episodes.history import History
 from episodes.layout import Layout
 from episodes.rows import Owner, Span
-from episodes.shards import vector_column
+from episodes.shards import Shard, place
 from episodes.store import read_run
-from episodes.tables import index
+from episodes.tables import Index, index
 from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence
 
 
@@ -28,60 +28,102 @@ def open_run(path: str | Path) -> Run:
 
 
 class Run:
-    """A run, read only. What is committed after it was opened is not seen."""
+    """A run, read only. What is committed after it was opened is not seen.
+
+    Where the index stands for the whole journal, as it does once a proxy has stopped, only what is asked for is read.
+    """
 
     def __init__(self, layout: Layout) -> None:
         if not layout.run.exists():
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
         self.layout = layout
         self.about: records.Run = read_run(layout)
-        lines = list(journal.read(layout.journal))
-        self.broken = [line for line in lines if isinstance(line, journal.Broken)]
-        self._records = [line for line in lines if not isinstance(line, journal.Broken)]
-        self.history = History(self._records)
+        self._index = Index.of(layout)
+        self._shard = lru_cache(maxsize=2)(self._open_shard)  # an episode's calls are read one after the other
+        if self._index is None:
+            self._lines = list(journal.placed(layout.journal))
+
+    @cached_property
+    def _lines(self) -> list[tuple[int, records.Record | journal.Broken]]:
+        return list(journal.placed(self.layout.journal))
+
+    @property
+    def broken(self) -> list[journal.Broken]:
+        """Lines of the journal that cannot be read."""
+        return [line for _, line in self._lines if isinstance(line, journal.Broken)]
+
+    @property
+    def lines(self) -> list[tuple[int, records.Record]]:
+        """The journal's other lines, each with its place."""
+        return [(at, line) for at, line in self._lines if not isinstance(line, journal.Broken)]
+
+    @cached_property
+    def history(self) -> History:
+        """All that the journal adds up to, read whole."""
+        return History(record for _, record in self.lines)
 
     @property
     def calls(self) -> pa.Table:
         """One row per call, columns as in `episodes.tables.CALLS`."""
-        return pa.concat_tables(self._index[:-1])
+        return self._index.table() if self._index else pa.concat_tables(self._tables[:-1])
 
     @property
     def episodes(self) -> pa.Table:
         """One row per episode, columns as in `episodes.tables.EPISODES`."""
-        return self._index[-1]
+        return self._index.episodes if self._index else self._tables[-1]
 
     @cached_property
-    def _index(self) -> list[pa.Table]:
-        return list(index(self.history, self.layout, self._records))
+    def _tables(self) -> list[pa.Table]:
+        return list(index(self.history, self.layout, self.lines))
+
+    @property
+    def names(self) -> list[str]:
+        """The episodes'."""
+        return list(self._index.members if self._index else self.history.episodes)
 
     def call(self, call_id: str) -> Call:
-        if call_id not in self.history.calls:
+        if call_id not in (self._index or self.history).calls:
             raise BadName(f"run {self.about.run} has no call {call_id!r}")
-        return Call(self, self.history.calls[call_id])
+        return Call(self, self._record(call_id))
+
+    def _record(self, call_id: str) -> records.Call:
+        if self._index is None:
+            return self.history.calls[call_id]
+        entry = self._index.calls[call_id]
+        record = journal.record_at(self.layout.journal, entry.journal_at)
+        assert isinstance(record, records.Call)
+        return msgspec.structs.replace(record, episode=entry.episode)
 
     def episode(self, name: str) -> list[Call]:
         """The episode's calls, in the order they were committed, without those that only fill holes."""
-        if name not in self.history.episodes:
-            raise BadName(f"run {self.about.run} has no episode {name!r}: {_some(list(self.history.episodes))}")
-        return [Call(self, call) for call in self.history.episodes[name].calls if call.role != records.BACKFILL]
+        if name not in (self._index.members if self._index else self.history.episodes):
+            raise BadName(f"run {self.about.run} has no episode {name!r}: {_some(self.names)}")
+        if self._index is None:
+            return [Call(self, call) for call in self.history.episodes[name].calls if call.role != records.BACKFILL]
+        calls, members = self._index.calls, self._index.members[name]
+        return [self.call(call) for call in members if calls[call].role != records.BACKFILL]
+
+    def spans(self, call: records.Call) -> dict[int, list[Span]]:
+        """choice → whose rows the call's positions have, in order; owner None where there is none."""
+        return self._index.spans(call.id) if self._index else self.history.spans(call)
 
     def stored(self, owner: Owner, start: int, stop: int, point: str) -> NDArray[Any]:
         """[stop - start, hidden] of the rows that a sequence stored itself; CorruptFile if they are not there."""
-        call = self.history.calls[owner.call]
-        episode: Episode = self.history.episodes[call.episode]
-        sealed = episode.sealed is not None and call.id in episode.sealed.calls
-        if sealed:
-            path = self.layout.shard(episode.id)
-            positions, vectors = _shard_rows(path, owner, point)
-        else:
-            path = self.layout.live_file(call.thread, call.id)
-            file = CallFile(path)
-            own = file.choice == owner.choice
-            positions, vectors = file.position[own], file.rows[own, file.points.index(point)]
-        at = np.searchsorted(positions, np.arange(start, stop))
-        if len(positions) == 0 or not np.array_equal(positions.take(at, mode="clip"), np.arange(start, stop)):
-            raise CorruptFile(f"{path} lacks rows {start} to {stop} of {owner.call}, choice {owner.choice}")
-        return vectors[at]
+        call = (self._index or self.history).calls[owner.call]
+        live = self.layout.live_file(call.thread, owner.call)
+        try:
+            file = CallFile(live)
+        except FileNotFoundError:  # sealed, by now if not when the run was opened
+            return self._shard(call.episode).rows(owner, start, stop, point)
+        own = np.flatnonzero(file.choice == owner.choice)
+        at = place(file.position[own], start, stop)
+        if at is None:
+            raise CorruptFile(f"{live} lacks rows {start} to {stop} of {owner.call}, choice {owner.choice}")
+        vectors: NDArray[Any] = file.rows[own[at], file.points.index(point)]
+        return vectors
+
+    def _open_shard(self, episode: str) -> Shard:
+        return Shard(self.layout.shard(episode))
 
 
 class Call:
@@ -93,12 +135,12 @@ class Call:
 
     def spans(self, choice: int = 0) -> list[Span]:
         """Whose rows the call's positions have, in order."""
-        return self.run.history.spans(self.record).get(choice, [])
+        return self.run.spans(self.record).get(choice, [])
 
     @property
     def missing(self) -> int:
         """Positions that should have a row and have none."""
-        spans = self.run.history.spans(self.record).values()
+        spans = self.run.spans(self.record).values()
         return sum(span.stop - span.start for own in spans for span in own if span.owner is None)
 
     def positions(self, choice: int = 0) -> NDArray[np.int32]:
@@ -129,14 +171,6 @@ class Call:
             model = self.run.about.recorded
             return np.empty((0, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
         return np.concatenate(parts)
-
-
-def _shard_rows(path: Path, owner: Owner, point: str) -> tuple[NDArray[np.int32], NDArray[Any]]:
-    """Positions and vectors [n, hidden] of a sequence's rows in a shard; only its row groups are read."""
-    columns = ["position", point]
-    filters = [("call", "=", owner.call), ("choice", "=", owner.choice)]
-    table = pq.read_table(path, columns=columns, filters=filters, page_checksum_verification=True)
-    return table["position"].to_numpy(), vector_column(table, point)
 
 
 def _some(names: list[str]) -> str:

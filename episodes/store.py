@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,18 +12,20 @@ from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import zstandard
 
 from episodes import journal
+from episodes.begun import Begun
 from episodes.cast import Cast, Dialect, Group
 from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import History, Ranges
 from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
+from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, write_shard
-from episodes.tables import CALLS, EPISODES, index
+from episodes.tables import write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
 NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
@@ -52,8 +54,18 @@ class Store:
             if not layout.run.exists():
                 self._write(Run(FORMAT, layout.root.name, time.time(), compression=compression))
             self.run = read_run(layout)
-            self.history = History(self._records(), forget_sealed=True)
+            # Before anything is read, so that a line that a crash tore is none.
             self._journal = journal.Journal(layout.journal)
+            damaged: list[journal.Broken] = []
+            self.history = History(_sound(journal.read(layout.journal), damaged), forget_sealed=True)
+            self._begun = Begun(layout.begun)
+            left = unrecorded(self.history, self._begun.left)
+            # left: calls of a writer that died, to be recorded; recovered: what else was done about it, in words
+            self.left, self.recovered = recover(layout, self.history, left, bool(damaged))
+            for call in self._begun.left:
+                if call not in left:
+                    self._begun.done(call.id)
+            self._finish_seals()
         except BaseException:
             self._lock.close()
             raise
@@ -76,9 +88,44 @@ class Store:
         with whole(self.layout.run) as draft:
             draft.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
 
+    def begin(self, calls: Iterable[Call]) -> None:
+        """Note that calls have begun, on any thread: they are known of now, whatever becomes of this process."""
+        self._begun.add(calls)
+
+    def sync_begun(self) -> None:
+        """Let what has begun outlive the machine's power too."""
+        self._begun.sync()
+
+    def finish_left(self) -> int:
+        """Record what a writer that died left, without a worker to ask; returns how many calls that were."""
+        left, self.left = self.left, []
+        for call in left:
+            claim, lost = self.draft(call.id), STOPPED if call.points else None
+            try:
+                if claim.exists():
+                    self.commit(call, claim)
+                    continue
+            except CorruptFile as error:
+                claim.unlink()
+                lost = str(error)
+            self.commit(msgspec.structs.replace(call, lost=lost))
+        return len(left)
+
+    def _finish_seals(self) -> None:
+        """Seal again what was being sealed again: its shard is the new one, its seal the old."""
+        for episode in list(self.history.episodes.values()):
+            if episode.sealed and episode.sealed.n_rows and episode.unsealed:
+                shard = self.layout.shard(episode.id)
+                try:
+                    if crc32(shard) != episode.sealed.crc32:
+                        self.seal(episode.id)
+                        self.recovered.append(f"shards/{shard.name}: its seal was not finished; sealed again")
+                except (OSError, pa.ArrowException, CorruptFile) as error:
+                    self.recovered.append(f"shards/{shard.name}: {error}; see `tautap verify`")
+
     def draft(self, call: str) -> Path:
         """Where a claim may be written until `commit` takes it."""
-        return self.layout.live / f".{call}.claim"
+        return self.layout.claim(call)
 
     def commit(self, call: Call, claim: Path | None = None, foreign: bytes | None = None) -> Call:
         """Put a call on disk for good; returns it with its token ids and the rows it keeps.
@@ -88,10 +135,11 @@ class Store:
         """
         if foreign is not None:
             with whole(self.layout.foreign_file(call.id)) as draft:
-                draft.write_bytes(zstandard.compress(foreign, 3))
+                draft.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(foreign))
             call = msgspec.structs.replace(call, foreign=True)
         if claim is None:
             self._append(call)
+            self._begun.done(call.id)
             return call
         file = CallFile(claim)
         self._check(call, file)
@@ -118,12 +166,20 @@ class Store:
         """Commit a call; its file becomes the live file if any of its rows is new."""
         with self.history.keeping(call, _computed(file)) as kept:
             call = msgspec.structs.replace(call, kept=kept)
-            if kept:
-                publish(file.path, self.layout.live_file(call.thread, call.id))
-            else:
-                file.path.unlink()
-            self._journal.append(call)
+            live = self.layout.live_file(call.thread, call.id)
+            try:
+                if kept:
+                    publish(file.path, live)
+                self._journal.append(call)
+            except OSError:  # the claim is where it was, to be tried again
+                with contextlib.suppress(FileNotFoundError):
+                    live.rename(file.path)
+                raise
         self.history.commit(call)
+        self._begun.done(call.id)
+        if not kept:
+            with contextlib.suppress(OSError):  # the call is committed, whatever becomes of the file
+                file.path.unlink()
         return call
 
     def _check(self, call: Call, file: CallFile) -> None:
@@ -160,7 +216,10 @@ class Store:
         self.history.add(record)
 
     def seal_all(self, dialect: Dialect) -> list[Seal]:
-        """Seal what is live, the threads that a writer before this one left open as their calls tell."""
+        """Seal what is live, the threads that a writer before this one left open as their calls tell; what it had not
+        recorded is recorded first.
+        """
+        self.finish_left()
         cast = Cast(dialect)
         cast.replay(self.history.unsealed())
         for group in cast.groups():
@@ -185,13 +244,16 @@ class Store:
         n_bytes, checksum = (shard.stat().st_size, crc32(shard)) if n_rows else (0, 0)
         seal = Seal(name, before + [call.id for call in fresh], n_rows, n_bytes, checksum, time.time())
         self._append(seal)
+        for call in fresh:
+            self.layout.live_file(call.thread, call.id).unlink(missing_ok=True)
         for thread in {call.thread for call in fresh}:
-            shutil.rmtree(self.layout.live / thread, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a call of it is not recorded yet
+                (self.layout.live / thread).rmdir()
         return seal
 
     def calls(self) -> Iterator[Call]:
         """Every call of the journal so far, sealed ones too."""
-        return (record for record in self._records() if isinstance(record, Call))
+        return (record for _, record in journal.sound(self.layout.journal) if isinstance(record, Call))
 
     def _blocks(self, shard: Path, held: list[Call], fresh: list[Call]) -> Iterator[Block]:
         if any(call.kept for call in held):
@@ -200,26 +262,23 @@ class Store:
             if call.kept:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
 
-    def _records(self) -> Iterator[Record]:
-        """The journal's records so far, one at a time; what cannot be read is left to `verify`."""
-        return (record for record in journal.read(self.layout.journal) if not isinstance(record, journal.Broken))
-
     def roll(self) -> None:
         """Write the index tables anew, in one pass through the journal."""
-        about = {"journal_bytes": str(self.layout.journal.stat().st_size)}
-        with (
-            whole(self.layout.calls) as calls,
-            whole(self.layout.episodes) as episodes,
-            pq.ParquetWriter(calls, CALLS.with_metadata(about), compression="zstd") as to_calls,
-            pq.ParquetWriter(episodes, EPISODES.with_metadata(about), compression="zstd") as to_episodes,
-        ):
-            for table in index(self.history, self.layout, self._records()):
-                writer = to_calls if table.schema.equals(CALLS) else to_episodes
-                writer.write_table(table.cast(writer.schema))
+        write_index(self.history, self.layout, journal.sound(self.layout.journal))
 
     def close(self) -> None:
+        self._begun.close()
         self._journal.close()
         self._lock.close()
+
+
+def _sound(lines: Iterable[Record | journal.Broken], broken: list[journal.Broken]) -> Iterator[Record]:
+    """The records; what cannot be read goes to `broken`."""
+    for line in lines:
+        if isinstance(line, journal.Broken):
+            broken.append(line)
+        else:
+            yield line
 
 
 def _computed(file: CallFile) -> Ranges:

@@ -1,15 +1,19 @@
 """The index tables: `calls.parquet` and `episodes.parquet`, made from the journal's history.
 
-The file metadata `journal_bytes` says how much of the journal a table stands for.
+The file metadata `journal_bytes` says how much of the journal a table stands for. Who reads a run whose tables stand
+for all of it need not read the journal, but for the lines of calls that are asked for, which `journal_at` finds.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -18,8 +22,9 @@ import pyarrow.parquet as pq
 
 from episodes.cast import WARMUPS
 from episodes.history import History
-from episodes.layout import Layout
+from episodes.layout import Layout, whole
 from episodes.records import BACKFILL, Call, Link, Pair, Record, Seal
+from episodes.rows import Owner, Span
 
 SPAN = pa.struct(
     [
@@ -69,6 +74,7 @@ CALLS = pa.schema(
         pa.field("sequences", pa.list_(SEQUENCE)),
         pa.field("request", pa.string()),
         pa.field("reply", pa.string()),
+        pa.field("journal_at", pa.int64()),
     ]
 )
 EPISODES = pa.schema(
@@ -107,21 +113,23 @@ EPISODES = pa.schema(
 
 
 BATCH = 256
+JOURNAL_BYTES = "journal_bytes"
 
 
-def index(history: History, layout: Layout, records: Iterable[Record]) -> Iterator[pa.Table]:
+def index(history: History, layout: Layout, records: Iterable[tuple[int, Record]]) -> Iterator[pa.Table]:
     """The index in pieces: tables of CALLS in the journal's order, then one table of EPISODES.
 
-    history: who stored which row. records: the journal's, passed through once, so a long run need not fit in memory
+    history: who stored which row. records: the journal's, each with its place, passed through once, so a long run need
+    not fit in memory
     """
     episodes: dict[str, Tally] = {}
     rows: list[dict[str, Any]] = []
-    for record in records:
+    for place, record in records:
         if not isinstance(record, Call):
             episodes.setdefault(record.episode, Tally(record.episode)).note(record)
             continue
         call = history.at_home(record)
-        row = _call_row(history, call)
+        row = _call_row(history, call) | {"journal_at": place}
         episodes.setdefault(call.episode, Tally(call.episode)).add(call, row)
         rows.append(row)
         if len(rows) == BATCH:
@@ -129,6 +137,80 @@ def index(history: History, layout: Layout, records: Iterable[Record]) -> Iterat
             rows = []
     yield pa.Table.from_pylist(rows, CALLS)
     yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values() if tally.calls], EPISODES)
+
+
+def write_index(history: History, layout: Layout, records: Iterable[tuple[int, Record]]) -> None:
+    """Write both tables anew; arguments as `index`."""
+    about = {JOURNAL_BYTES: str(layout.journal.stat().st_size)}
+    options = {"compression": "zstd", "write_page_checksum": True}
+    with (
+        whole(layout.calls) as calls,
+        whole(layout.episodes) as episodes,
+        pq.ParquetWriter(calls, CALLS.with_metadata(about), **options) as to_calls,
+        pq.ParquetWriter(episodes, EPISODES.with_metadata(about), **options) as to_episodes,
+    ):
+        for table in index(history, layout, records):
+            writer = to_calls if table.schema.equals(CALLS) else to_episodes
+            writer.write_table(table.cast(writer.schema))
+
+
+class Index:
+    """The tables read back: where each call's line is in the journal, and whose rows its positions have."""
+
+    def __init__(self, calls: pq.ParquetFile, episodes: pa.Table) -> None:
+        self.episodes = episodes
+        self._calls = calls
+        self._spans = lru_cache(maxsize=4)(self._read)
+        self._groups = list(accumulate(calls.metadata.row_group(i).num_rows for i in range(calls.num_row_groups)))
+        columns = calls.read(["call", "episode", "thread", "role", "journal_at"]).columns
+        ids, homes, threads, roles, places = (column.to_pylist() for column in columns)
+        self.calls = dict(zip(ids, map(Entry, range(len(ids)), homes, threads, roles, places), strict=True))
+        self.members: dict[str, list[str]] = {}
+        for call, home in zip(ids, homes, strict=True):
+            self.members.setdefault(home, []).append(call)
+
+    @classmethod
+    def of(cls, layout: Layout) -> Index | None:
+        """A run's, None unless it stands for the whole journal and is in this release's form."""
+        try:
+            calls = pq.ParquetFile(layout.calls, page_checksum_verification=True)
+            episodes = pq.read_table(layout.episodes, page_checksum_verification=True)
+            covered = str(layout.journal.stat().st_size).encode()
+        except (OSError, pa.ArrowException):
+            return None
+        found = ((calls.schema_arrow, CALLS), (episodes.schema, EPISODES))
+        for schema, wanted in found:
+            if not schema.equals(wanted) or (schema.metadata or {}).get(JOURNAL_BYTES.encode()) != covered:
+                return None
+        return cls(calls, episodes)
+
+    def table(self) -> pa.Table:
+        """All of CALLS."""
+        return self._calls.read()
+
+    def spans(self, call: str) -> dict[int, list[Span]]:
+        """As `History.spans`."""
+        row = self.calls[call].row
+        group = bisect_right(self._groups, row)
+        column = self._spans(group)
+        found: dict[int, list[Span]] = {}
+        for span in column[row - self._groups[group] + len(column)].as_py():
+            owner = Owner(span["call"], span["source_choice"]) if span["call"] is not None else None
+            found.setdefault(span["choice"], []).append(Span(owner, span["start"], span["stop"]))
+        return found
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        return self._calls.read_row_group(group, ["spans"])["spans"]
+
+
+class Entry(NamedTuple):
+    """A call in the index: the row of CALLS, and some of what stands there."""
+
+    row: int
+    episode: str
+    thread: str
+    role: str
+    journal_at: int
 
 
 class Totals(msgspec.Struct, frozen=True):

@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 
+from episodes.begun import left_begun
 from episodes.errors import BadRun
 from episodes.history import Episode
+from episodes.journal import CUT_SHORT
 from episodes.layout import crc32
 from episodes.records import Call
+from episodes.recovery import STOPPED, strays, unrecorded
+from episodes.rows import Owner
 from episodes.run import Run
 from episodes.shards import live_blocks
 from episodes.store import being_written
+from episodes.tables import Index, index
 
 
 def problems(run: Run) -> Iterator[str]:
     """What is wrong with a run, in words; nothing if it is whole."""
+    writing = being_written(run.layout)
     for line in run.broken:
-        yield f"journal.jsonl, line {line.line}: {line.reason}"
+        if not (writing and line.reason == CUT_SHORT):  # only the last one can be, and it is being written
+            yield f"journal.jsonl, line {line.line}: {line.reason}"
+    yield from _journal_problems(run)
     for episode in run.history.episodes.values():
         yield from _episode_problems(run, episode)
     for call in run.history.calls.values():
         yield from _call_problems(run, call)
-    if not being_written(run.layout):  # else files that no record accounts for yet are its business
-        yield from _strays(run)
+    yield from _index_problems(run)
+    if not writing:  # else what no record accounts for yet is its business
+        left = unrecorded(run.history, left_begun(run.layout.begun))
+        for call in left:
+            yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
+        for path, reason in strays(run.layout, run.history, left):
+            yield f"{path.relative_to(run.layout.root)}: {reason}"
+
+
+def _journal_problems(run: Run) -> Iterator[str]:
+    """Records that contradict others."""
+    times = Counter(record.id for _, record in run.lines if isinstance(record, Call))
+    for call, n in times.items():
+        if n > 1:
+            yield f"call {call}: in the journal {n} times"
+    for episode in run.history.episodes.values():
+        for call in episode.sealed.calls if episode.sealed else ():
+            if call not in times:
+                yield f"episode {episode.id}: sealed with call {call}, which the journal lacks"
+
+
+def _index_problems(run: Run) -> Iterator[str]:
+    """Whether the index, if it stands for the whole journal, says what the journal says."""
+    try:
+        found = Index.of(run.layout)
+        if found is None:
+            return
+        *calls, episodes = index(run.history, run.layout, run.lines)
+        for path, table, wanted in (
+            (run.layout.calls, found.table(), pa.concat_tables(calls)),
+            (run.layout.episodes, found.episodes, episodes),
+        ):
+            if not table.equals(wanted):
+                yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
+    except (OSError, pa.ArrowException) as error:
+        yield f"{run.layout.calls.name}, {run.layout.episodes.name}: {error}; `tautap seal` writes them anew"
 
 
 def _call_problems(run: Run, call: Call) -> Iterator[str]:
     spans = run.history.spans(call)
+    for kept in call.kept:
+        owners = {s.owner for s in spans.get(kept.choice, []) if s.start < kept.stop and kept.start < s.stop}
+        if owners != {Owner(call.id, kept.choice)}:
+            yield f"call {call.id}, choice {kept.choice}: another stores rows of {kept.start} to {kept.stop} too"
+    if call.foreign:
+        path = run.layout.foreign_file(call.id)
+        try:
+            zstandard.decompress(path.read_bytes())
+        except (OSError, zstandard.ZstdError) as error:
+            yield f"{path.relative_to(run.layout.root)}: {error}"
     missing = [(choice, span) for choice, own in spans.items() for span in own if span.owner is None]
     if call.lost and (missing or not call.sequences):  # else the rows are there by now: `episodes.holes`
         yield f"call {call.id}: no activations: {call.lost}"
@@ -44,7 +98,7 @@ def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:
     found: dict[tuple[str, int], dict[int, int]] = {}
     if episode.sealed and episode.sealed.n_rows:
         try:
-            if crc32(shard) != episode.sealed.crc32:
+            if (shard.stat().st_size, crc32(shard)) != (episode.sealed.n_bytes, episode.sealed.crc32):
                 raise BadRun("its checksum is not the one in the journal")
             found = _shard_tokens(shard, episode.sealed.n_rows)
         except (OSError, pa.ArrowException, BadRun) as error:
@@ -90,20 +144,3 @@ def _shard_tokens(path: Path, n_rows: int) -> dict[tuple[str, int], dict[int, in
     if total != n_rows:
         raise BadRun(f"{total} rows where the journal says {n_rows}")
     return found
-
-
-def _strays(run: Run) -> Iterator[str]:
-    """Files that no record accounts for."""
-    layout = run.layout
-    sealed = {e.id for e in run.history.episodes.values() if e.sealed}
-    held = {call for e in run.history.episodes.values() if e.sealed for call in e.sealed.calls}
-    for path in sorted(layout.live.rglob("*.safetensors")) if layout.live.exists() else []:
-        if path.stem not in run.history.calls:
-            yield f"{path.relative_to(layout.root)}: no call in the journal"
-        elif path.stem in held:
-            yield f"{path.relative_to(layout.root)}: sealed already"
-    for path in sorted(layout.shards.glob("[!.]*")) if layout.shards.exists() else []:
-        if path.stem not in sealed:
-            yield f"{path.relative_to(layout.root)}: no sealed episode of that name"
-    for path in sorted(layout.root.rglob(".*.draft")) + sorted(layout.root.rglob(".*.claim")):
-        yield f"{path.relative_to(layout.root)}: a file that was not finished"

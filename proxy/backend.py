@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from episodes.errors import CaptureLost
+from episodes.errors import CaptureLost, WorkerFailed
 from episodes.handover import Recipe, take
 from episodes.messages import JSON
 from episodes.records import Model
@@ -32,11 +32,25 @@ class Refusal(msgspec.Struct, frozen=True):
     sequences: list[Sequence] = []
 
 
+class Held(msgspec.Struct, frozen=True):
+    """A call whose activations a worker holds, and the salt that its proxy gave."""
+
+    call: str
+    salt: str
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """What a worker lists under `/v1/activations`."""
+
+    data: list[Held]
+
+
 class Backend:
     """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
 
     def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
-        self.url = config.backend.rstrip("/")
+        # A socket has no host name, but every request names one.
+        self.url = "http://worker" if config.backend.startswith("unix:") else config.backend.rstrip("/")
         self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
         self._session = session
         self._timeout_s = config.claim_timeout_s
@@ -46,13 +60,17 @@ class Backend:
         self.model: Model | None = None
 
     async def capabilities(self) -> Model | None:
-        """What the worker records; None while it cannot be reached and for a backend that is not ours."""
+        """What the worker records; None while it cannot be reached and for a backend that is not ours. WorkerFailed if
+        it does not know us: it would record nothing, and say so to every client.
+        """
         if self.model is None and not self._foreign:
             try:
                 async with self._session.get(f"{self.url}/v1/capabilities", headers=self.headers) as reply:
                     body = await reply.read()
             except (aiohttp.ClientError, TimeoutError):
                 return None
+            if reply.status in (401, 403):
+                raise WorkerFailed(f"the worker refuses the proxy's key (HTTP {reply.status}): give --backend-key-file")
             try:
                 self.model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
             except msgspec.MsgspecError:
@@ -130,15 +148,24 @@ class Backend:
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
         return self._in_sight
 
-    async def forget(self, call: str) -> None:
-        """Tell the worker that a call's activations are stored, or not wanted. It is told once: a worker that cannot
-        be reached has lost them anyway or keeps them until it restarts.
-        """
+    async def waiting(self) -> list[Held]:
+        """The calls whose activations the worker holds, anybody's; none if it does not say."""
         try:
-            async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
-                pass
-        except (aiohttp.ClientError, TimeoutError):
-            return
+            async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
+                return msgspec.json.decode(await reply.read(), type=Waiting).data
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
+            return []
+
+    async def forget(self, call: str) -> None:
+        """Tell the worker that a call's activations are stored, or not wanted. One that cannot be reached several times
+        has lost them anyway, or clears them away when it starts.
+        """
+        for pause_s in (RETRY_S, RETRY_S, 0):
+            try:
+                async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
+                    return
+            except (aiohttp.ClientError, TimeoutError, ConnectionError):
+                await asyncio.sleep(pause_s)
 
 
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:

@@ -1,7 +1,8 @@
 """The recorder: what happens to a call after its reply, off the client's path.
 
 Claim its activations, write them, append the call to the journal (the commit), tell the worker to forget them; seal
-episodes that have been quiet, and everything at the end.
+episodes that have been quiet, and everything at the end. Before its reply ends a call is noted as begun: what a proxy
+that died had not recorded, the next one claims. A disk that takes nothing keeps calls waiting, here and at the worker.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from episodes.cast import Cast, Group, Part
-from episodes.errors import CaptureLost, CorruptFile, TautapError
+from episodes.errors import CaptureLost, CorruptFile, NotStored, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Call
@@ -42,29 +44,42 @@ logger = logging.getLogger("tautap.proxy")
 CLAIMS_AT_ONCE = 16
 PENDING_LIMIT = 4096
 SETTLE_S = 30.0
+AGAIN_S = 1.0
+FREE_AGE_S = 0.25
+
 LATE_S = 0.05
 STOPPED = "the proxy had to stop before they were claimed"
 
 T = TypeVar("T")
+# How many positions of a call are stored, shared with an earlier call, or missing.
+Rows = Counter[str]
 
 
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
     def __init__(
-        self, store: Store, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics, backfill: bool = False
+        self, store: Store, backend: Backend, slots: asyncio.Semaphore, config: Config, metrics: Metrics
     ) -> None:
-        """backfill: run again what calls of an episode lack before it is sealed."""
+        self._config = config
+        self._metrics = metrics
         self._cast = Cast(DIALECT)
         self._store = store
         self._backend = backend
         self._slots = slots
-        self._metrics = metrics
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
+        # Beside it, so that no reply waits for another call's rows or a seal; two, for a sync not to hold up the next.
+        self._notes = ThreadPoolExecutor(2, thread_name_prefix="tautap-begun")
+        self._news: list[tuple[Call, asyncio.Future[str | None]]] = []
+        self._noting: asyncio.Task[None] | None = None
+        self._unsynced = False
+        self._syncing: asyncio.Task[None] | None = None
+        self._begun: dict[str, asyncio.Future[str | None]] = {}
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
+        self._family = f"{store.run.run}/{store.run.created!r}/"
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
-        self._backfill = Backfill(store, backend, self._on_disk) if backfill else None
+        self._backfill = Backfill(store, backend, self._on_disk) if config.backfill else None
         self._described = False
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
@@ -72,21 +87,36 @@ class Recording:
         self._sealing = asyncio.Lock()
         self._touched: dict[str, float] = {}
         self._ending: set[str] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[str, asyncio.Task[str | None]] = {}
+        # Calls that the disk did not take, and why: they are tried again.
+        self._refused: dict[str, str] = {}
         self._claims: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
         # When to be done with everything, on the loop's clock.
         self._deadline: float | None = None
+        self._free: tuple[float, int] = (0.0, 0)
 
     @classmethod
     async def open(
         cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics
     ) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, backend, slots, metrics, config.backfill)
-        left = await asyncio.to_thread(store.history.unsealed)
-        recording._cast.replay(left)
-        recording._touched = dict.fromkeys((call.thread for call in left), time.monotonic())
+        recording = cls(store, backend, slots, config, metrics)
+        live = await asyncio.to_thread(store.history.unsealed)
+        recording._cast.replay([*live, *store.left])
+        recording._touched = dict.fromkeys((call.thread for call in live), time.monotonic())
+        recording._recover()
         return recording
+
+    def _recover(self) -> None:
+        """Take up what a proxy that died left. What it had not claimed, the worker may still hold."""
+        for line in self._store.recovered:
+            logger.warning("%s: %s", self._store.layout.root, line)
+        left, self._store.left = self._store.left, []
+        for call in left:
+            logger.warning("call %s: %s", call.id, call.error, extra=logs.about(call))
+            self._expect(call.thread)
+            self.record(call, bool(call.points), {})
 
     async def describe(self) -> None:
         """Note the worker's model as soon as it is known; WrongModel if the run was recorded with another."""
@@ -96,11 +126,21 @@ class Recording:
         if model is not None:
             await self._on_disk(self._store.describe, model)
             self._described = True
+            await self._forget_left()
+
+    async def _forget_left(self) -> None:
+        """Let the worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
+        calls so young that nothing was noted of them.
+        """
+        for held in await self._backend.waiting():
+            ours = held.salt.startswith(self._family) and not held.salt.startswith(f"{self._family}{self._start}.")
+            if ours and held.call not in self._tasks:
+                await self._backend.forget(held.call)
 
     @property
     def salt(self) -> str:
         """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
-        return f"{self._store.run.run}/{self._start}.{self._n_lost}"
+        return f"{self._family}{self._start}.{self._n_lost}"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -129,10 +169,25 @@ class Recording:
         """Episodes with a call that no shard holds."""
         return sum(bool(episode.calls) for episode in self._store.history.episodes.values())
 
-    @property
-    def full(self) -> bool:
-        """Whether so many calls wait to be committed that no more should be taken."""
-        return self.n_queued >= PENDING_LIMIT
+    async def room(self) -> None:
+        """Wait until one more call can be taken; NotStored, with the reason, if that is not soon."""
+        deadline = time.monotonic() + self._config.room_wait_s
+        while reason := await self._no_room():
+            if time.monotonic() >= deadline:
+                raise NotStored(reason)
+            await asyncio.sleep(FREE_AGE_S)
+
+    async def _no_room(self) -> str | None:
+        if self.n_queued >= PENDING_LIMIT:
+            return "too many calls wait to be written to disk"
+        if self._refused:
+            return f"{len(self._refused)} calls wait for the disk: {next(iter(self._refused.values()))}"
+        asked, least = time.monotonic(), self._config.min_free_bytes
+        if least and asked - self._free[0] > FREE_AGE_S:
+            self._free = (asked, (await asyncio.to_thread(shutil.disk_usage, self._store.layout.root)).free)
+        if least and self._free[1] < least:
+            return f"the disk has {self._free[1]:,} bytes free, and --min-free-bytes is {least:,}"
+        return None
 
     def part(self, messages: list[JSON] | None) -> Part:
         """Who speaks in a call with these messages."""
@@ -143,58 +198,140 @@ class Recording:
     ) -> Place:
         """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
         place = self._cast.place(call, messages, part, episode, retried)
-        self._pending[place.thread] += 1
-        self._settled.clear()
+        self._expect(place.thread)
         return place
+
+    def _expect(self, thread: str) -> None:
+        """A call of this thread is to be recorded."""
+        self._pending[thread] += 1
+        self._settled.clear()
+
+    def begin(self, call: Call) -> None:
+        """Note on disk that a call has begun, with whatever begins meanwhile."""
+        self._begun[call.id] = noted = asyncio.get_running_loop().create_future()
+        self._news.append((call, noted))
+        if self._noting is None or self._noting.done():
+            self._noting = asyncio.create_task(self._note())
+
+    async def _note(self) -> None:
+        while self._news:
+            news, self._news = self._news, []
+            reason = None
+            try:
+                await self._beside_disk(self._store.begin, [call for call, _ in news])
+            except OSError as error:
+                reason = f"the call could not be noted on disk: {error.strerror}"
+            for _, noted in news:
+                if not noted.done():
+                    noted.set_result(reason)
+            self._unsynced = True
+            if self._syncing is None or self._syncing.done():
+                self._syncing = asyncio.create_task(self._sync())
+
+    async def _sync(self) -> None:
+        while self._unsynced:
+            self._unsynced = False
+            try:
+                await self._beside_disk(self._store.sync_begun)
+            except OSError as error:
+                logger.warning("calls that have begun could not be synced: %s", error)
+
+    async def may_end(self, call: str) -> None:
+        """Wait until a call's reply may end: the call is known of on disk, and if it was given to `record`, it is
+        recorded; NotStored, with the reason, if it cannot be.
+        """
+        noted, recorded = self._begun.get(call), self._tasks.get(call)
+        reason = await asyncio.shield(noted) if noted else None
+        if reason is None and recorded is not None:
+            reason = await asyncio.shield(recorded)
+        if reason is not None:
+            raise NotStored(reason)
 
     def replied(self, place: Place, replies: list[JSON]) -> None:
         """The call at `place` is over, for its conversation to go on; no replies if it failed."""
         self._cast.replied(place, replies)
 
-    def record(self, call: Call, claim: bool, foreign: JSON, added_s: float) -> None:
+    def record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None = None) -> None:
         """Take a finished call, whatever became of it. claim: the worker may have activations of it. added_s: how long
-        the proxy itself was at it.
+        the proxy itself was at it; None for a call of a proxy that died.
         """
-        task = asyncio.create_task(self._record(call, claim, foreign, added_s))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[call.id] = task = asyncio.create_task(self._record(call, claim, foreign, added_s))
+        task.add_done_callback(lambda _: self._tasks.pop(call.id))
 
-    async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float) -> None:
-        self._metrics.ended(call, added_s)
+    async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None) -> str | None:
+        """Record a call; returns why it is not, if it could not be."""
+        if added_s is not None:
+            self._metrics.ended(call, added_s)
         try:
-            if claim:
-                with self._metrics.claim.time():
-                    call = await self._claim(call)
-            with self._metrics.commit.time():
-                call, rows = await self._on_disk(self._commit, call, msgspec.json.encode(foreign) if foreign else None)
+            if noted := self._begun.pop(call.id, None):
+                await noted
+            call, rows = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
             logs.recorded(self._store.run.run, call, rows)
             if claim:
                 await self._backend.forget(call.id)
+            return None
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
-            self._lost(call, str(error))
+            self._n_lost += 1
+            return f"the call could not be recorded: {error}"
         finally:
+            self._refused.pop(call.id, None)
             self._pending[call.thread] -= 1
             self._touched[call.thread] = time.monotonic()
             if not any(self._pending.values()):
                 self._settled.set()
 
-    async def _claim(self, call: Call) -> Call:
-        async with self._slots:
-            claim = asyncio.create_task(self._backend.claim(call.id, self._store.draft(call.id)))
-            self._claims.add(claim)
-            claim.add_done_callback(self._claims.discard)
+    async def _stored(self, call: Call, claim: bool, foreign: bytes | None) -> tuple[Call, Rows]:
+        """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
+        tried again; once more when the proxy stops, then OSError.
+        """
+        while True:
+            last = self._closing.is_set()
             try:
-                await asyncio.wait([claim])
-                claim.result()
-            except asyncio.CancelledError:
-                return self._lost(call, STOPPED)
-            except CaptureLost as error:
-                return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
-            except (TautapError, OSError) as error:
-                return self._lost(call, str(error))
+                claimed = await self._claim(call) if claim else call
+                with self._metrics.commit.time():
+                    return await self._on_disk(self._commit, claimed, foreign)
+            except OSError as error:
+                if last:
+                    raise
+                logger.log(
+                    logging.DEBUG if call.id in self._refused else logging.WARNING,
+                    "call %s waits for the disk: %s", call.id, error, extra=logs.about(call),
+                )  # fmt: skip
+                self._refused[call.id] = str(error.strerror or error)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), AGAIN_S)
+
+    async def _claim(self, call: Call) -> Call:
+        """Fetch a call's activations, unless a proxy before this one has."""
+        draft = self._store.draft(call.id)
+        with self._metrics.claim.time():
+            async with self._slots:
+                try:
+                    if not await asyncio.to_thread(draft.exists):
+                        await self._fetch(call.id, draft)
+                except CaptureLost as error:
+                    return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
+                except TautapError as error:
+                    return self._lost(call, str(error))
+                except BaseException:
+                    await asyncio.to_thread(draft.unlink, missing_ok=True)
+                    raise
         return call
+
+    async def _fetch(self, call: str, into: Path) -> None:
+        """The claim itself; CaptureLost also if the proxy has no time left for it."""
+        claim = asyncio.create_task(self._backend.claim(call, into))
+        self._claims.add(claim)
+        try:
+            await asyncio.wait([claim])
+        finally:
+            self._claims.discard(claim)
+            claim.cancel()
+        if claim.cancelled():
+            raise CaptureLost(STOPPED)
+        claim.result()
 
     def _lost(self, call: Call, reason: str) -> Call:
         """The call without its activations. What it computed may be cached, so a new epoch begins."""
@@ -203,22 +340,26 @@ class Recording:
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
-    def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Counter[str]]:
+    def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Rows]:
         """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound. With it
         comes how many of its positions it stored, shares with an earlier call, or lacks.
         """
-        draft = self._store.draft(call.id)
-        try:
-            call = self._store.commit(call, draft if draft.exists() and call.lost is None else None, foreign)
-        except CorruptFile as error:
-            call = self._store.commit(self._lost(call, str(error)), None, foreign)
-        finally:
-            draft.unlink(missing_ok=True)
-        rows: Counter[str] = Counter()
+        call = self._committed(call, foreign)
+        rows: Rows = Counter()
         for span in chain.from_iterable(self._store.history.spans(call).values()):
             kind = "missing" if span.owner is None else "stored" if span.owner.call == call.id else "shared"
             rows[kind] += span.stop - span.start
         return call, rows
+
+    def _committed(self, call: Call, foreign: bytes | None) -> Call:
+        draft = self._store.draft(call.id)
+        if call.lost is None and draft.exists():
+            try:
+                return self._store.commit(call, draft, foreign)
+            except CorruptFile as error:
+                call = self._lost(call, str(error))
+        draft.unlink(missing_ok=True)
+        return self._store.commit(call, None, foreign)
 
     async def seal(self, idle_s: float) -> None:
         """Note which threads make up which episode, and seal those where none has a call under way or had one for
@@ -293,22 +434,33 @@ class Recording:
         return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
 
     async def close(self, deadline: float) -> None:
-        """Record what is under way, seal everything, roll the index. By the deadline, on the loop's clock: then what
-        is not claimed is lost, and what is not sealed is left live.
+        """Record what is under way, seal everything, roll the index. From the deadline on, by the loop's clock, nothing
+        is claimed any more, and what is not sealed is left live.
         """
         self._deadline = deadline
+        self._closing.set()
         while self._tasks:
             left_s = deadline - asyncio.get_running_loop().time()
-            await asyncio.wait(self._tasks, timeout=max(left_s, LATE_S))
+            await asyncio.wait(self._tasks.values(), timeout=max(left_s, LATE_S))
             if self._late:
                 for claim in self._claims:
                     claim.cancel()
         await self.seal(0)
         if self._late and self.n_live:
             logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
-        await self._on_disk(self._store.roll)
+        try:
+            await self._on_disk(self._store.roll)
+        except OSError:
+            logger.exception("the index of %s could not be written", self._store.layout.root)
+        for task in (self._noting, self._syncing):
+            if task is not None:
+                await task
         await self._on_disk(self._store.close)
         self._disk.shutdown()
+        self._notes.shutdown()
+
+    async def _beside_disk(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._notes, work, *args)
 
     async def _on_disk(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
@@ -323,7 +475,7 @@ class Recorder:
         self._metrics = metrics
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
-        self._opening = asyncio.Lock()
+        self._opening: dict[str, asyncio.Task[None]] = {}
         self._sealing: asyncio.Task[None] | None = None
         self._deadline: float | None = None
         runs, data = self._runs, config.data
@@ -342,14 +494,20 @@ class Recorder:
         """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
         name = check_name("run", name or self.config.run)
         if name not in self._runs:
-            async with self._opening:
-                if name not in self._runs:
-                    layout = Layout(self.config.data / name)
-                    opened = await Recording.open(layout, self.config, self._backend, self._slots, self._metrics)
-                    self._runs[name] = opened
+            if name not in self._opening:
+                self._opening[name] = asyncio.create_task(self._open(name))
+            # Goes on without a client that leaves: a run that is half opened would be locked for good.
+            await asyncio.shield(self._opening[name])
         recording = self._runs[name]
         await recording.describe()
         return recording
+
+    async def _open(self, name: str) -> None:
+        try:
+            layout = Layout(self.config.data / name)
+            self._runs[name] = await Recording.open(layout, self.config, self._backend, self._slots, self._metrics)
+        finally:
+            del self._opening[name]
 
     def opened(self, name: str) -> Recording | None:
         """The run of that name if it is being written."""
@@ -372,6 +530,7 @@ class Recorder:
             self._sealing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sealing
+        await asyncio.gather(*self._opening.values(), return_exceptions=True)
         deadline = self._deadline or self.drain()
         for recording in self._runs.values():
             await recording.close(deadline)

@@ -29,6 +29,10 @@ from worker.__main__ import plan
 os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--times", type=int, default=2, help="how often each fault of tests/faults is injected")
+
+
 # Tests share two cores with whatever they start, so this is far above what disk or tensors on the loop would need.
 BLOCKED_S = 0.5
 

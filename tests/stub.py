@@ -151,10 +151,13 @@ class Engine:
 class Stub:
     """The HTTP side; `faults` and `engine` can be changed while it runs.
 
-    faults: "garbage" (a 200 that is no JSON), "cut" (the reply breaks off), "429", "500"; one per call to come.
+    faults: one per call to come; a field `stub_fault` in a body is that call's own.
+        "garbage" (a 200 that is no JSON, a stream with an event that is none), "cut" (the reply breaks off), "stall"
+        (it stops half way and nothing more comes), "silence" (nothing comes at all), "429", "500"
     """
 
-    def __init__(self, spool: Path, **engine: Any) -> None:
+    def __init__(self, spool: Path, api_key: str | None = None, **engine: Any) -> None:
+        """api_key: as vLLM's `--api-key`."""
         prepare(spool)
         self.engine = Engine(spool, **engine)
         self.faults: list[str] = []
@@ -171,6 +174,7 @@ class Stub:
         ]
         self.app = Starlette(routes=routes)
         self.app.state.engine_client = self.engine
+        self.app.state.args = SimpleNamespace(api_key=[api_key] if api_key else None)
 
     async def chat(self, request: Request) -> Response:
         return await self._serve(request, "chat.completion")
@@ -190,10 +194,12 @@ class Stub:
             return _error(400, f"bad request: {error!r}")
         if body.get("model") != MODEL:
             return _error(404, f"The model `{body.get('model')}` does not exist.")
-        fault = self.faults.pop(0) if self.faults else None
+        fault = body.get("stub_fault") or (self.faults.pop(0) if self.faults else None)
         if fault in ("429", "500"):
             return _error(int(fault), "told to fail")
-        if fault == "garbage":
+        if fault == "silence":
+            return await _silence(request)
+        if fault == "garbage" and not body.get("stream"):
             return Response(b"<html>", media_type="application/json")
         n = body.get("n") or 1
         if spared:  # nothing to record
@@ -228,8 +234,8 @@ class Stub:
         n_prompt, n_completion = sum(map(len, prompts)), sum(len(t) for p in texts for t in p)
         usage = {"prompt_tokens": n_prompt, "completion_tokens": n_completion, "total_tokens": n_prompt + n_completion}
         reply = json.dumps({**head, "choices": choices, "usage": usage, **self.foreign}).encode()
-        if fault == "cut":
-            return StreamingResponse(_cut(reply), headers={"content-type": "application/json"})
+        if fault in ("cut", "stall"):
+            return StreamingResponse(_half(reply, fault), headers={"content-type": "application/json"})
         return Response(reply, media_type="application/json")
 
     @staticmethod
@@ -264,12 +270,24 @@ class Stub:
                 yield event(part.index, {"content": bytes(part.token_ids).decode()}, part.finish_reason)
             if fault == "cut":
                 raise ConnectionError("told to cut")
+            if fault == "stall":
+                await asyncio.Event().wait()
+            if fault == "garbage":
+                yield b"data: \xff{<html>\n\n"
         yield b"data: [DONE]\n\n"
 
 
-async def _cut(reply: bytes) -> AsyncIterator[bytes]:
+async def _half(reply: bytes, fault: str) -> AsyncIterator[bytes]:
     yield reply[: len(reply) // 2]
-    raise ConnectionError("told to cut")
+    if fault == "cut":
+        raise ConnectionError("told to cut")
+    await asyncio.Event().wait()
+
+
+async def _silence(request: Request) -> Response:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    return Response()
 
 
 def _error(status: int, message: str) -> Response:
@@ -278,20 +296,30 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": error}, status)
 
 
-def server(stub: Stub, captures: bool = True, port: int = 0) -> uvicorn.Server:
-    """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes."""
+def server(stub: Stub, captures: bool = True, port: int = 0, uds: Path | None = None) -> uvicorn.Server:
+    """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes. uds: a path
+    to listen at instead of a port.
+    """
     app = CaptureMiddleware(stub.app) if captures else stub.app
     # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
-    config = uvicorn.Config(_with_app(app, stub.app), port=port, log_level="critical", lifespan="on", ws="none")
+    config = uvicorn.Config(
+        _with_app(app, stub.app),
+        port=port,
+        uds=None if uds is None else str(uds),
+        log_level="critical",
+        lifespan="on",
+        ws="none",
+    )
     return uvicorn.Server(config)
 
 
 class Running:
-    """A stub on a port of its own, in a thread; `url` is its base."""
+    """A stub on a port of its own, in a thread; `url` is its base. uds: a path to listen at instead."""
 
-    def __init__(self, stub: Stub, captures: bool = True) -> None:
+    def __init__(self, stub: Stub, captures: bool = True, uds: Path | None = None) -> None:
         self.stub = stub
-        self._server = server(stub, captures)
+        self._uds = uds
+        self._server = server(stub, captures, uds=uds)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> Running:
@@ -300,8 +328,9 @@ class Running:
         while not self._server.started:
             assert time.monotonic() < deadline and self._thread.is_alive(), "the stub did not start"
             time.sleep(0.005)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        if self._uds is None:
+            port = self._server.servers[0].sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}"
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -322,4 +351,6 @@ if __name__ == "__main__":  # a worker's command line, as far as `tautap up` nee
     if "--fail" in flags:
         sys.exit(f"told to fail with {flags['--fail']}")
     with tempfile.TemporaryDirectory() as scratch:
-        server(Stub(Path(scratch)), port=int(flags["--port"])).run()
+        told = Stub(Path(flags.get("--spool-dir", scratch)))
+        told.token_s = float(flags.get("--token-s", 0))
+        server(told, port=int(flags["--port"])).run()

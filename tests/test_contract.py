@@ -95,7 +95,8 @@ def test_a_captured_call_is_claimed_and_forgotten(worker, stream):
     file = worker.file(capture.call)
     check(file)
     listed = worker.client.get("/v1/activations").json()["data"]
-    assert [entry for entry in listed if entry["call"] == capture.call and entry["bytes"] > 0]
+    (entry,) = [entry for entry in listed if entry["call"] == capture.call]
+    assert entry["bytes"] > 0 and entry["salt"] == capture.salt
     assert worker.client.delete(f"/v1/activations/{capture.call}").status_code == 204
     assert worker.claim(capture.call).status_code == 404
     assert worker.client.delete(f"/v1/activations/{capture.call}").status_code == 404

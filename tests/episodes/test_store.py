@@ -6,12 +6,14 @@ from pathlib import Path
 import ml_dtypes
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from episodes.commands import COMMANDS
 from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, RunLocked, UnknownPoint, WrongFormat, WrongModel
+from episodes.journal import encode, read
 from episodes.layout import Layout, check_name
 from episodes.records import Call, Model
 from episodes.run import open_run
@@ -69,13 +71,16 @@ class Writer:
         claim.write_bytes(
             b"".join(e.data if e.path is None else e.path.read_bytes()[e.offset : e.offset + e.nbytes] for e in extents)
         )
+        return self.store.commit(self.call(name, episode, turn, points), claim)
+
+    @staticmethod
+    def call(name, episode="e", turn=0, points=POINTS):
         request = json.dumps({"messages": [{"role": "user", "content": f"say {turn}"}] * (2 * turn + 1)})
         reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": "ok"}}]})
-        call = Call(
+        return Call(
             id=name, thread=f"t-{episode}", episode=episode, turn=turn, attempt=0, endpoint="/v1/chat/completions",
             model="m", started=1.0, ended=2.0, status=200, request=request, reply=reply, points=points,
         )  # fmt: skip
-        return self.store.commit(call, claim)
 
     def close(self):
         self.store.close()
@@ -253,6 +258,30 @@ def test_the_index_tables_say_what_the_run_holds(tmp_path):
     assert (episodes["e"]["n_rows"], episodes["e"]["n_shared"], episodes["e"]["n_turns"]) == (8, 5, 2)
 
 
+def test_a_run_is_read_by_its_index_where_that_stands_for_the_whole_journal(tmp_path):
+    """The same calls, rows and tables come out with and without it, and with it the journal is not read through."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.commit("c4", [1, 2, 3, 9], [8, 7], computed=3, turn=2)  # position 2 of these tokens is c1's
+    writer.store.seal("e")
+    writer.close()
+    whole = open_run(writer.layout.root)
+    writer = Writer(tmp_path)
+    writer.store.roll()
+    run = writer.close()
+    assert [call.record for call in run.episode("e")] == [call.record for call in whole.episode("e")]
+    assert [call.spans() for call in run.episode("e")] == [call.spans() for call in whole.episode("e")]
+    for name, tokens in {"c2": [1, 2, 3, 4, 5, 6, 7, 8], "c3": [1, 2, 9], "c4": [1, 2, 3, 9, 8]}.items():
+        assert np.array_equal(run.call(name).activations(POINTS[1]), expected(tokens, POINTS[1]))
+    assert run.episodes.equals(whole.episodes) and run.calls.equals(whole.calls) and run.names == ["e", "f"]
+    assert not vars(run).keys() & {"history", "_lines"}
+    with pytest.raises(BadName, match="no call"):
+        run.call("c9")
+    writer = Writer(tmp_path)
+    writer.commit("c5", [5], [6])  # the journal is ahead now
+    assert [call.record.id for call in writer.close().episode("e")] == ["c1", "c2", "c4", "c5"]
+
+
 def test_a_shard_is_compressed_or_not_as_the_run_says(tmp_path):
     sizes = {}
     for compression in ("zstd", "none"):
@@ -361,9 +390,23 @@ def damaged(tmp_path, harm, sealed=True):
     talk(writer)
     if sealed:
         writer.store.seal("e")
+    writer.store.roll()
     writer.close()
     harm(writer.layout)
     return "\n".join(problems(open_run(writer.layout.root)))
+
+
+def again(layout, n, **changed):
+    """Append a record of the journal once more, changed."""
+    record = list(read(layout.journal))[n]
+    with layout.journal.open("ab") as file:
+        file.write(encode(msgspec.structs.replace(record, **changed)))
+
+
+def other_index(layout):
+    """An index that stands for the whole journal and says something else."""
+    table = pq.read_table(layout.calls)
+    pq.write_table(table.set_column(0, "call", pa.array(["c1", "c2", "c0"])), layout.calls)
 
 
 def flip(path: Path, at: int) -> None:
@@ -383,6 +426,13 @@ def flip(path: Path, at: int) -> None:
         (lambda lo: (lo.shards / "z.parquet").write_bytes(b""), True, "shards/z.parquet: no sealed episode"),
         (lambda lo: (lo.live / ".c.claim").write_bytes(b""), True, "not finished"),
         (lambda lo: lo.live_file("t-f", "c3").rename(lo.live_file("t-f", "c9")), True, "no call in the journal"),
+        (lambda lo: again(lo, 0), True, "call c1: in the journal 2 times"),
+        (lambda lo: again(lo, 0, id="c0"), True, "call c0, choice 0: another stores rows of 0 to 5 too"),
+        (lambda lo: again(lo, 3, calls=["c0"]), True, "episode e: sealed with call c0, which the journal lacks"),
+        (lambda lo: again(lo, 2, id="c0", kept=[], foreign=True), True, "foreign/c0.json.zst"),
+        (lambda lo: flip(lo.calls, 2000), True, "calls.parquet"),
+        (lambda lo: other_index(lo), True, "calls.parquet: not what the journal says"),
+        (lambda lo: lo.begun.write_bytes(encode(Writer.call("c9"))), True, "call c9: its proxy was stopped before"),
     ],
 )
 def test_verify_finds_what_is_damaged(tmp_path, harm, sealed, says):

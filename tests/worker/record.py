@@ -3,8 +3,8 @@
     python -m tests.worker.record
 
 Reads jobs from its input, one JSON object a line, and answers each with one: `{}` when `out` is written, else
-`{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's configuration
-as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null.
+`{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's
+configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null.
 
 A program of its own: vLLM wants a process to itself, and changes transformers' classes in it. One for all models: to
 import vLLM takes longer than all else.

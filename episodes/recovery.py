@@ -1,0 +1,84 @@
+"""What a writer that died left behind: calls that it had not recorded, and files that no record accounts for.
+
+A crash leaves the journal, up to its last whole line, and that is the truth. Beside it may lie
+
+- lines of `begun.jsonl` whose call the journal lacks: these calls are `left`, to be recorded with what can still be had
+- the claim of such a call, as a draft or as a live file: it is used
+- a shard without its seal: it goes, its rows are still in live files
+- live files behind a seal, files of no call, drafts: they go
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from episodes.errors import CorruptFile
+from episodes.history import History
+from episodes.layout import Layout
+from episodes.records import Call
+from episodes.wire import CallFile
+
+STOPPED = "its proxy was stopped before it had recorded the call"
+
+
+def unrecorded(history: History, begun: Iterable[Call]) -> list[Call]:
+    """The calls that began and are not in the journal."""
+    begun = list(begun)
+    held = history.held if begun else set()
+    return [call for call in begun if call.id not in history.calls and call.id not in held]
+
+
+def strays(layout: Layout, history: History, left: Iterable[Call]) -> Iterator[tuple[Path, str]]:
+    """Files that no record accounts for, and why they are none's. left: calls that are still to be recorded"""
+    held, waiting = history.held, {call.id for call in left}
+    known = history.calls.keys() | held | waiting
+    for path in sorted(layout.live.glob("*/*.safetensors")):
+        if path.stem in held:
+            yield path, "sealed already"
+        elif path.stem not in known:
+            yield path, "no call in the journal"
+    with_rows = {e.id for e in history.episodes.values() if e.sealed and e.sealed.n_rows}
+    for path in sorted(layout.shards.glob("[!.]*")):
+        if path.stem not in with_rows:
+            yield path, "no sealed episode of that name"
+    for path in sorted(layout.foreign.glob("[!.]*")):
+        if path.name.partition(".")[0] not in known:
+            yield path, "no call in the journal"
+    for path in sorted([*layout.root.glob(".*.draft"), *layout.root.glob("*/.*.draft"), *layout.live.glob(".*.claim")]):
+        if path.suffix == ".draft" or path.name[1:].removesuffix(".claim") not in waiting:
+            yield path, "a file that was not finished"
+
+
+def recover(layout: Layout, history: History, left: list[Call], damaged: bool) -> tuple[list[Call], list[str]]:
+    """Clear away what a dead writer left; returns the calls to record, and what was done, in words.
+
+    damaged: the journal has lines that cannot be read, so that a file of no call may be one of theirs, and stays
+    """
+    done = []
+    for path, reason in strays(layout, history, left):
+        ours = path.stem in history.episodes if path.parent == layout.shards else not damaged
+        if ours or reason in ("sealed already", "a file that was not finished"):
+            path.unlink()
+            done.append(f"{path.relative_to(layout.root)}: {reason}; deleted")
+    for directory in layout.live.glob("*/"):
+        with contextlib.suppress(OSError):  # it holds something
+            directory.rmdir()
+    return [_as_left(layout, call) for call in left], done
+
+
+def _as_left(layout: Layout, call: Call) -> Call:
+    """The call as it is to be recorded, what was claimed of it lying where a claim does, if it is sound."""
+    claim, live = layout.claim(call.id), layout.live_file(call.thread, call.id)
+    if live.exists():
+        live.rename(claim)
+    try:
+        CallFile(claim)
+    except FileNotFoundError:
+        pass
+    except CorruptFile:
+        claim.unlink()
+    return msgspec.structs.replace(call, error=STOPPED, foreign=layout.foreign_file(call.id).exists())

@@ -1,0 +1,175 @@
+"""The proxy and its disk: killed after a reply, full, and told to reply only after the commit."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+
+from episodes.run import open_run
+from episodes.verify import problems
+from episodes.wire import CAPTURE_HEADER, Capture
+from tests.conftest import free_port, proxy_to, until
+from tests.proxy.test_server import check_rows, committed, converse, user
+from tests.stub import MODEL
+
+
+def waiting(stub, http):
+    """The calls that the worker holds."""
+    return {call["call"] for call in http.get(f"{stub.url}/v1/activations").json()["data"]}
+
+
+class ProxyProcess:
+    """A proxy in a process of its own, to be killed."""
+
+    def __init__(self, stub, data):
+        self.port = free_port()
+        command = [sys.executable, "-m", "proxy", "proxy", "--backend", stub.url, "--data", str(data), "--run", "r"]
+        self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=subprocess.DEVNULL)
+        until(self._live, "the proxy")
+
+    def _live(self):
+        try:
+            return httpx.get(f"http://127.0.0.1:{self.port}/health/live").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def client(self):
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="x", max_retries=0)
+
+    def end(self, how):
+        self.process.send_signal(how)
+        self.process.wait(30)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_proxy_killed_right_after_a_reply_has_named_the_call_and_the_next_one_records_it(
+    stub, tmp_path, http, stream
+):
+    """With its rows, which the worker still has; nothing is left there or in the run's directory."""
+    data, n_calls = tmp_path / "data", 0
+    for _ in range(3):
+        proxy = ProxyProcess(stub, data)
+        try:
+            converse(proxy.client(), "killed", 2, stream)
+            n_calls += 2
+        finally:
+            proxy.end(signal.SIGKILL)
+        run = open_run(data / "r")
+        unrecorded = [problem for problem in problems(run) if "before it had recorded the call" in problem]
+        assert len(run.history.calls) + len(unrecorded) == n_calls
+    with proxy_to(stub.url, data) as proxy:
+        committed(proxy, n_calls)
+        until(lambda: not waiting(stub, http), "the worker to have been told to forget")
+    run = proxy.open()
+    assert len(run.history.calls) == n_calls and not [call for call in run.history.calls.values() if call.lost]
+    check_rows(run)
+    assert [path.name for path in run.layout.root.rglob(".*")] == [".lock"]
+    assert run.layout.begun.stat().st_size == 0
+
+
+def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, tmp_path, http):
+    """As after a proxy that died between the commit and the telling; other clients' calls are left alone."""
+    with proxy_to(stub.url, tmp_path) as proxy:
+        converse(proxy.client(), "talk", 1)
+    (recorded,) = proxy.open().history.calls
+    for call in (recorded, "somebody-elses"):
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: Capture(call, "s").header()})
+    assert waiting(stub, http) == {recorded, "somebody-elses"}
+    with proxy_to(stub.url, tmp_path):
+        until(lambda: waiting(stub, http) == {"somebody-elses"}, "the recorded call to be forgotten")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_ends_after_its_commit_if_that_is_asked_for(stub, tmp_path, stream):
+    with proxy_to(stub.url, tmp_path, durability="sync") as proxy:
+        for turns in (1, 2):
+            converse(proxy.client(), f"sync {turns}", turns, stream)
+            run = proxy.open()
+            assert len(run.history.calls) == 2 * turns - 1
+            check_rows(run)
+
+
+# ---- a disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A directory on a file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def fill(disk, leave=0):
+    """Fill a disk but for so many bytes; returns the file that does."""
+    filler = disk / "filler"
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize) - leave)
+    return filler
+
+
+def test_new_calls_wait_for_room_and_are_refused_if_there_is_none_soon(stub, small_disk, http):
+    """A 503 with Retry-After, before the worker has heard of the call; with room again a waiting call goes on."""
+    options = {"min_free_bytes": 1 << 20, "room_wait_s": 0.5, "episode_idle_s": 300}
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    with proxy_to(stub.url, small_disk, **options) as proxy:
+        url = f"{proxy.url}/v1/chat/completions"
+        assert http.post(url, json=body).status_code == 200
+        filler = fill(small_disk, leave=1 << 19)
+        replies = []
+        until(lambda: replies.append(http.post(url, json=body)) or replies[-1].status_code != 200, "a refusal")
+        assert replies[-1].status_code == 503 and int(replies[-1].headers["Retry-After"]) > 0
+        assert "--min-free-bytes is 1,048,576" in replies[-1].json()["error"]["message"]
+        assert len(stub.stub.bodies) == len(replies), "the worker has not heard of the last one"
+        threading.Timer(0.2, filler.unlink).start()
+        assert http.post(url, json=body).status_code == 200
+    check_rows(proxy.open())
+    assert len(proxy.open().history.calls) == len(replies) + 1
+
+
+def test_what_is_in_flight_when_the_disk_fills_up_is_recorded_when_there_is_room(stub, small_disk, http):
+    """Nothing half-written stays, the reply is whole, and the rows wait at the worker."""
+    stub.stub.token_s = 0.05
+    replies = []
+    with proxy_to(stub.url, small_disk, min_free_bytes=0, room_wait_s=0.5) as proxy:
+        talking = threading.Thread(target=lambda: replies.append(converse(proxy.client(), "full", 1)))
+        talking.start()
+        until(lambda: (proxy.run_dir / "begun.jsonl").stat().st_size > 0, "the call to have begun")
+        filler = fill(small_disk)
+        talking.join()
+        assert replies and replies[0][-1]["content"]
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        until(lambda: http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 503, "a refusal")
+        assert len(open_run(proxy.run_dir).history.calls) == 0 and waiting(stub, http)
+        filler.unlink()
+        committed(proxy, 1)
+    run = proxy.open()
+    check_rows(run)
+    assert [path.name for path in run.layout.root.rglob(".*")] == [".lock"]
+
+
+def test_a_proxy_that_stops_with_its_disk_full_has_named_what_it_could_not_record(stub, small_disk):
+    """And the next one records it."""
+    stub.stub.token_s = 0.05
+    with proxy_to(stub.url, small_disk, min_free_bytes=0) as proxy:
+        talking = threading.Thread(target=converse, args=(proxy.client(), "full", 1))
+        talking.start()
+        until(lambda: (proxy.run_dir / "begun.jsonl").stat().st_size > 0, "the call to have begun")
+        filler = fill(small_disk)
+        talking.join()
+    run = proxy.open()
+    assert not run.history.calls and ["before it had recorded" in said for said in problems(run)] == [True]
+    filler.unlink()
+    with proxy_to(stub.url, small_disk) as proxy:
+        committed(proxy, 1)
+    check_rows(proxy.open())
