@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -195,6 +197,23 @@ def model_home() -> Path:
     """Where the embedded model lies, once a worker has made it."""
     command, _, _ = plan([], dict(os.environ))
     return Path(command[command.index("--model") + 1])
+
+
+def tune(model: Any, home: Path) -> None:
+    """Write a random LoRA adapter of a Llama (of transformers) into `home`, and merge it into that model."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["o_proj"]}
+    (home / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for n, block in enumerate(model.model.layers):
+        weight = block.self_attn.o_proj.weight.data
+        down, up = torch.randn(8, weight.shape[1]), torch.randn(weight.shape[0], 8)
+        name = f"base_model.model.model.layers.{n}.self_attn.o_proj"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        weight += 16 / 8 * up @ down
+    save_file(tensors, home / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests.conftest import tune
 from tests.test_readme import BLOCKS as README_BLOCKS
 from tests.worker.record import N_GENERATED, PROMPT
 
@@ -249,21 +250,10 @@ def test_an_edit_that_fails_on_a_row_is_refused_at_start(record, tmp_path):
 
 
 def test_a_lora_adapters_rows_are_those_of_the_merged_weights(record, tmp_path, observed):
-    import torch
-    from safetensors.torch import save_file
-
     model = make("llama", tmp_path)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["o_proj"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    tensors = {}
-    for n, block in enumerate(model.model.layers):
-        down, up = torch.randn(8, 64), torch.randn(64, 8)
-        name = f"base_model.model.model.layers.{n}.self_attn.o_proj"
-        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-        block.self_attn.o_proj.weight.data += 16 / 8 * up @ down
-    save_file(tensors, adapter / "adapter_model.safetensors")
+    tune(model, adapter)
     tuned = record(tmp_path, POINTS, adapter)
     check(tuned, model, POINTS)
     assert tuned.tokens != observed.tokens and tuned.uncaptured == observed.uncaptured
