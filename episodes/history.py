@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from episodes.records import Call, Kept, Link, Pair, Record, Seal
+from episodes.records import BACKFILL, Call, Kept, Link, Pair, Record, Seal
 from episodes.rows import Owner, Rows, Span
 from episodes.wire import Sequence
 
@@ -48,6 +49,8 @@ class History:
         """
         self.calls: dict[str, Call] = {}
         self.episodes: dict[str, Episode] = {}
+        # Of all calls, the forgotten ones too: calls, tokens, rows, and vectors, as many of a row as it has points.
+        self.counts: Counter[str] = Counter()
         self._homes: dict[str, str] = {}
         self._forget_sealed = forget_sealed
         self._rows: dict[tuple[str, ...], Rows] = {}
@@ -73,6 +76,9 @@ class History:
         """Take in a call whose rows count as stored."""
         self.calls[call.id] = call = self.at_home(call)
         self._episode(call.episode).calls.append(call)
+        self.counts.update(rows=call.n_kept, vectors=call.n_kept * len(call.points))
+        if call.role != BACKFILL:  # it said nothing: only its rows count
+            self.counts.update(calls=1, tokens=call.n_prompt + call.n_completion)
 
     def at_home(self, call: Call) -> Call:
         """The call in the episode where its thread belongs by now."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -20,6 +20,7 @@ from episodes.errors import BadInput, TautapError
 from episodes.layout import Layout
 from episodes.records import Role
 from episodes.wire import Tokens
+from proxy import logs
 from proxy.config import TLS, Config, Limits, Timeouts
 from proxy.flags import parse, split_url
 from proxy.keys import API_KEYS, Keys, api_keys, backend_key, loopback
@@ -132,6 +133,12 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--compression", default="zstd", type=click.Choice(["zstd", "none"]), help="Of vectors in shards."
             ),
+            click.option(
+                "--drain-s", default=120.0, type=click.FloatRange(0), help="When told to stop, finish within so long."
+            ),
+            click.option(
+                "--log-format", default="text", type=click.Choice(["text", "json"]), help="JSON has a line per call."
+            ),
         ]
     ):
         command = option(command)
@@ -145,10 +152,26 @@ def proxy(backend: str, **options: Any) -> None:
     """Serve the OpenAI API and record every call.
 
     Requests go to the worker at --backend; what it answers goes to the client. On SIGTERM the proxy finishes what is
-    under way and seals every episode.
+    under way and seals every episode, within --drain-s.
     """
     config = settle(backend, options)
-    asyncio_run(_proxy(config))
+    asyncio_run(_proxy(config), config.log_format)
+
+
+@cli.command("top", context_settings={"show_default": True})
+@click.argument("url", default="http://127.0.0.1:8000")
+@click.option("--key", envvar="OPENAI_API_KEY", default="none", show_envvar=True, help="Bearer key for the proxy.")
+@click.option("--every-s", default=2.0, type=click.FloatRange(0.1), help="How often to look.")
+def top_command(url: str, key: str, every_s: float) -> None:
+    """Show how a running proxy is doing: episodes, tokens, rows, bytes, backlog.
+
+    Ctrl-C ends it. Where the output is no terminal, one look is printed.
+    """
+    from proxy.top import top
+
+    base_url, _ = split_url(url)
+    with suppress(KeyboardInterrupt):
+        asyncio_run(top(base_url, key, every_s))
 
 
 @cli.command("backfill")
@@ -197,7 +220,8 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
 
     config = settle(f"http://127.0.0.1:{worker_port}", options)
     worker = _worker(worker_arguments, worker_port)
-    sys.exit(asyncio_run(run_stack(config, worker, os.environ, partial(greet, config))))
+    running = run_stack(config, worker, os.environ, partial(greet, config))
+    sys.exit(asyncio_run(running, config.log_format))
 
 
 def _worker(arguments: tuple[str, ...], port: int) -> list[str]:
@@ -264,7 +288,7 @@ def bench(
     running = Bench(benchmark, evals, at_once, key, dict(os.environ))
     job = partial(running.run, base_url or config.url)
     doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), os.environ, job)
-    sys.exit(asyncio_run(doing) or int(running.failed))  # Ctrl-C may come before the job begins
+    sys.exit(asyncio_run(doing, config.log_format) or int(running.failed))  # Ctrl-C may come before the job begins
 
 
 def _refuse_stack(ctx: click.Context, arguments: tuple[str, ...]) -> None:
@@ -338,10 +362,10 @@ async def _proxy(config: Config) -> None:
     await serving
 
 
-def asyncio_run(main: Any) -> Any:
+def asyncio_run(main: Any, log_format: logs.Format = "text") -> Any:
     import uvloop
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(log_format)
     return uvloop.run(main)
 
 

@@ -1,7 +1,7 @@
 """A proxy's own routes, and the client for them: what is recorded of a run so far, seal it, join results to it.
 
 GET  /tautap                   `About` the proxy
-GET  /tautap/runs/<run>        `Progress` since the proxy opened the run; 400 if it is not open
+GET  /tautap/runs/<run>        `Progress` of the run; 400 if it is not open
 POST /tautap/runs/<run>        the same, and open it, so that one that cannot be written is known beforehand
 POST /tautap/runs/<run>/seal   wait for what is under way, seal, roll the index; `Totals` of the run
 POST /tautap/runs/<run>/link   ?name=FILE&env=ENV&split=SPLIT, body: a results file of tau-bench's; `Joined`
@@ -30,7 +30,7 @@ PROBE_S = 10.0
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What was recorded of a run since the proxy opened it. bytes: of vectors, as they came."""
+    """What a run holds so far. bytes: of vectors, as they came."""
 
     calls: int = 0
     tokens: int = 0

@@ -21,6 +21,7 @@ logger = logging.getLogger("tautap.proxy")
 
 CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
+METRICS_S = 2.0
 CHUNK = 1 << 20
 
 
@@ -83,6 +84,15 @@ class Backend:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def metrics(self) -> bytes:
+        """The worker's own metrics; nothing if it does not answer at once."""
+        timeout = aiohttp.ClientTimeout(total=METRICS_S)
+        try:
+            async with self._session.get(f"{self.url}/metrics", headers=self.headers, timeout=timeout) as reply:
+                return await reply.read() if reply.status == 200 else b""
+        except (aiohttp.ClientError, TimeoutError):
+            return b""
 
     async def claim(self, call: str, into: Path) -> None:
         """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had."""

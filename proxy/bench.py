@@ -18,7 +18,7 @@ import aiohttp
 import msgspec
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from episodes.commands import console
 from episodes.errors import BadInput, TautapError
@@ -322,18 +322,20 @@ class Bench:
     async def _watch(self, proxy: Client) -> None:
         """Say how far they have come: a table that is kept up to date on a terminal, now and then a line elsewhere."""
         out, said = Console(stderr=True), time.monotonic()
-        with Live(console=out, transient=True) if out.is_terminal else contextlib.nullcontext() as live:
+        live = Live(console=out, transient=True, auto_refresh=False) if out.is_terminal else None
+        with live or contextlib.nullcontext():
             while True:
-                await asyncio.sleep(EVERY_S)
                 running = [e for e in self.evals if e.running]
                 await asyncio.gather(*(_refresh(e, proxy) for e in running))
                 if live is not None:
-                    live.update(_table(self.evals))
+                    # What is under way comes first: a screen may be too small for all of a matrix.
+                    live.update(_table(sorted(self.evals, key=lambda e: not e.running)), refresh=True)
                 elif time.monotonic() - said >= PLAIN_EVERY_S:
                     said = time.monotonic()
                     for e in running:
                         line = ", ".join(f"{text} {name}" for name, text in e.columns().items() if text)
                         out.print(f"{e.run}: {line}", highlight=False, soft_wrap=True)
+                await asyncio.sleep(EVERY_S)
 
 
 def _check_models(flags: Flags, names: list[str], url: str) -> None:
@@ -362,7 +364,7 @@ async def _until_whole(e: Eval) -> None:
 
 
 def _table(evals: list[Eval]) -> Table:
-    table = Table("run", box=None, header_style="bold")
+    table = Table(Column("run", overflow="fold"), box=None, header_style="bold")
     for name in evals[0].columns():
         table.add_column(name, justify="right")
     for e in evals:

@@ -10,6 +10,7 @@ from typing import Literal
 from episodes.records import Role
 from episodes.wire import Tokens
 from proxy.keys import Keys
+from proxy.logs import Format
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Config:
     aliases: model names that clients send → names that the worker serves.
     min_free_bytes: while the data's disk has less, new calls wait, `room_wait_s` at most.
     durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`).
+    drain_s: how long what is under way may take when the proxy is to stop.
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
 
@@ -70,6 +72,8 @@ class Config:
     spool_dir: Path | None = None
     backfill: bool = False
     claim_timeout_s: float = 600.0
+    drain_s: float = 120.0
+    log_format: Format = "text"
     min_free_bytes: int = 1 << 30
     room_wait_s: float = 10.0
     durability: Literal["async", "sync"] = "async"

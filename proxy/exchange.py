@@ -12,6 +12,7 @@ from episodes.messages import JSON
 from episodes.records import Call, Role
 from episodes.threads import Place
 from episodes.wire import Capture
+from proxy.metrics import Watch
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Exchange:
     told: bool = False
     refused: bool = False
     recorded: bool = False
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def claimable(self) -> bool:

@@ -81,12 +81,14 @@ def accepted(types: Path) -> set[str]:
 
 
 def check(flags: Flags, known: set[str]) -> None:
-    """BadInput for a flag that tau-bench does not have, or one without a value."""
+    """BadInput for a flag that tau-bench does not have, one without a value, or one that wants a keyboard."""
     for name, words in flags.items():
         if name not in known and name not in OURS:
             raise BadInput(f"--{name}: tau-bench has no such flag; it takes --{', --'.join(sorted(known))}")
         if not words:
             raise BadInput(f"--{name}: give it a value")
+    if "human" in flags.get("user-strategy", []):
+        raise BadInput("--user-strategy human: nobody can type here; give llm, react, verify or reflection")
 
 
 def translate(flags: Flags, model: str) -> Flags:

@@ -16,6 +16,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -31,9 +33,11 @@ from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
 from episodes.threads import Place
 from episodes.wire import DTYPE_CODES, DTYPES
+from proxy import logs
 from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
+from proxy.metrics import Metrics
 
 logger = logging.getLogger("tautap.proxy")
 
@@ -43,14 +47,22 @@ SETTLE_S = 30.0
 AGAIN_S = 1.0
 FREE_AGE_S = 0.25
 
+LATE_S = 0.05
+STOPPED = "the proxy had to stop before they were claimed"
+
 T = TypeVar("T")
+# How many positions of a call are stored, shared with an earlier call, or missing.
+Rows = Counter[str]
 
 
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
-    def __init__(self, store: Store, backend: Backend, slots: asyncio.Semaphore, config: Config) -> None:
+    def __init__(
+        self, store: Store, backend: Backend, slots: asyncio.Semaphore, config: Config, metrics: Metrics
+    ) -> None:
         self._config = config
+        self._metrics = metrics
         self._cast = Cast(DIALECT)
         self._store = store
         self._backend = backend
@@ -69,8 +81,6 @@ class Recording:
         self._n_lost = 0
         self._backfill = Backfill(store, backend, self._on_disk) if config.backfill else None
         self._described = False
-        # What this process has recorded: calls, tokens, rows, bytes of vectors.
-        self.counts: Counter[str] = Counter()
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -80,13 +90,18 @@ class Recording:
         self._tasks: dict[str, asyncio.Task[str | None]] = {}
         # Calls that the disk did not take, and why: they are tried again.
         self._refused: dict[str, str] = {}
+        self._claims: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
+        # When to be done with everything, on the loop's clock.
+        self._deadline: float | None = None
         self._free: tuple[float, int] = (0.0, 0)
 
     @classmethod
-    async def open(cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore) -> Recording:
+    async def open(
+        cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics
+    ) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, backend, slots, config)
+        recording = cls(store, backend, slots, config, metrics)
         live = await asyncio.to_thread(store.history.unsealed)
         recording._cast.replay([*live, *store.left])
         recording._touched = dict.fromkeys((call.thread for call in live), time.monotonic())
@@ -99,7 +114,7 @@ class Recording:
             logger.warning("%s: %s", self._store.layout.root, line)
         left, self._store.left = self._store.left, []
         for call in left:
-            logger.warning("call %s: %s", call.id, call.error)
+            logger.warning("call %s: %s", call.id, call.error, extra=logs.about(call))
             self._expect(call.thread)
             self.record(call, bool(call.points), {})
 
@@ -127,6 +142,33 @@ class Recording:
         """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
         return f"{self._family}{self._start}.{self._n_lost}"
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the run holds so far: calls, tokens, rows, and bytes of vectors as they came."""
+        counts = self._store.history.counts
+        held = {name: counts[name] for name in ("calls", "tokens", "rows")}
+        return held | {"bytes": counts["vectors"] * self._vector_bytes}
+
+    @property
+    def _vector_bytes(self) -> int:
+        model = self._store.run.recorded
+        return model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
+
+    @property
+    def n_in_flight(self) -> int:
+        """Calls whose reply is not over."""
+        return sum(self._pending.values()) - self.n_queued
+
+    @property
+    def n_queued(self) -> int:
+        """Calls whose reply is over and that are not on disk yet."""
+        return len(self._tasks)
+
+    @property
+    def n_live(self) -> int:
+        """Episodes with a call that no shard holds."""
+        return sum(bool(episode.calls) for episode in self._store.history.episodes.values())
+
     async def room(self) -> None:
         """Wait until one more call can be taken; NotStored, with the reason, if that is not soon."""
         deadline = time.monotonic() + self._config.room_wait_s
@@ -136,7 +178,7 @@ class Recording:
             await asyncio.sleep(FREE_AGE_S)
 
     async def _no_room(self) -> str | None:
-        if len(self._tasks) >= PENDING_LIMIT:
+        if self.n_queued >= PENDING_LIMIT:
             return "too many calls wait to be written to disk"
         if self._refused:
             return f"{len(self._refused)} calls wait for the disk: {next(iter(self._refused.values()))}"
@@ -209,23 +251,28 @@ class Recording:
         """The call at `place` is over, for its conversation to go on; no replies if it failed."""
         self._cast.replied(place, replies)
 
-    def record(self, call: Call, claim: bool, foreign: JSON) -> None:
-        """Take a finished call, whatever became of it. claim: the worker may have activations of it."""
-        self._tasks[call.id] = task = asyncio.create_task(self._record(call, claim, foreign))
+    def record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None = None) -> None:
+        """Take a finished call, whatever became of it. claim: the worker may have activations of it. added_s: how long
+        the proxy itself was at it; None for a call of a proxy that died.
+        """
+        self._tasks[call.id] = task = asyncio.create_task(self._record(call, claim, foreign, added_s))
         task.add_done_callback(lambda _: self._tasks.pop(call.id))
 
-    async def _record(self, call: Call, claim: bool, foreign: JSON) -> str | None:
+    async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None) -> str | None:
         """Record a call; returns why it is not, if it could not be."""
+        if added_s is not None:
+            self._metrics.ended(call, added_s)
         try:
             if noted := self._begun.pop(call.id, None):
                 await noted
-            call = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
-            self._count(call)
+            call, rows = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
+            self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
+            logs.recorded(self._store.run.run, call, rows)
             if claim:
                 await self._backend.forget(call.id)
             return None
         except Exception as error:
-            logger.exception("call %s could not be recorded", call.id)
+            logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
             self._n_lost += 1
             return f"the call could not be recorded: {error}"
         finally:
@@ -235,57 +282,76 @@ class Recording:
             if not any(self._pending.values()):
                 self._settled.set()
 
-    async def _stored(self, call: Call, claim: bool, foreign: bytes | None) -> Call:
-        """Put a call on disk. While the disk does not take it, the worker keeps its rows and it is tried again; once
-        more when the proxy stops, then OSError.
+    async def _stored(self, call: Call, claim: bool, foreign: bytes | None) -> tuple[Call, Rows]:
+        """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
+        tried again; once more when the proxy stops, then OSError.
         """
         while True:
             last = self._closing.is_set()
             try:
                 claimed = await self._claim(call) if claim else call
-                return await self._on_disk(self._commit, claimed, foreign)
+                with self._metrics.commit.time():
+                    return await self._on_disk(self._commit, claimed, foreign)
             except OSError as error:
                 if last:
                     raise
                 logger.log(
                     logging.DEBUG if call.id in self._refused else logging.WARNING,
-                    "call %s waits for the disk: %s", call.id, error,
+                    "call %s waits for the disk: %s", call.id, error, extra=logs.about(call),
                 )  # fmt: skip
                 self._refused[call.id] = str(error.strerror or error)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), AGAIN_S)
 
-    def _count(self, call: Call) -> None:
-        model = self._store.run.recorded
-        row_bytes = len(call.points) * model.hidden_size * DTYPES[DTYPE_CODES[model.dtype]].itemsize if model else 0
-        self.counts.update(
-            calls=1, tokens=call.n_prompt + call.n_completion, rows=call.n_kept, bytes=call.n_kept * row_bytes
-        )
-
     async def _claim(self, call: Call) -> Call:
         """Fetch a call's activations, unless a proxy before this one has."""
         draft = self._store.draft(call.id)
-        async with self._slots:
-            try:
-                if not await asyncio.to_thread(draft.exists):
-                    await self._backend.claim(call.id, draft)
-            except CaptureLost as error:
-                return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
-            except TautapError as error:
-                return self._lost(call, str(error))
-            except BaseException:
-                await asyncio.to_thread(draft.unlink, missing_ok=True)
-                raise
+        with self._metrics.claim.time():
+            async with self._slots:
+                try:
+                    if not await asyncio.to_thread(draft.exists):
+                        await self._fetch(call.id, draft)
+                except CaptureLost as error:
+                    return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
+                except TautapError as error:
+                    return self._lost(call, str(error))
+                except BaseException:
+                    await asyncio.to_thread(draft.unlink, missing_ok=True)
+                    raise
         return call
+
+    async def _fetch(self, call: str, into: Path) -> None:
+        """The claim itself; CaptureLost also if the proxy has no time left for it."""
+        claim = asyncio.create_task(self._backend.claim(call, into))
+        self._claims.add(claim)
+        try:
+            await asyncio.wait([claim])
+        finally:
+            self._claims.discard(claim)
+            claim.cancel()
+        if claim.cancelled():
+            raise CaptureLost(STOPPED)
+        claim.result()
 
     def _lost(self, call: Call, reason: str) -> Call:
         """The call without its activations. What it computed may be cached, so a new epoch begins."""
-        logger.warning("call %s: no activations: %s", call.id, reason)
+        logger.warning("call %s: no activations: %s", call.id, reason, extra=logs.about(call))
+        self._metrics.failed(reason)
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
-    def _commit(self, call: Call, foreign: bytes | None) -> Call:
-        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound."""
+    def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Rows]:
+        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound. With it
+        comes how many of its positions it stored, shares with an earlier call, or lacks.
+        """
+        call = self._committed(call, foreign)
+        rows: Rows = Counter()
+        for span in chain.from_iterable(self._store.history.spans(call).values()):
+            kind = "missing" if span.owner is None else "stored" if span.owner.call == call.id else "shared"
+            rows[kind] += span.stop - span.start
+        return call, rows
+
+    def _committed(self, call: Call, foreign: bytes | None) -> Call:
         draft = self._store.draft(call.id)
         if call.lost is None and draft.exists():
             try:
@@ -309,20 +375,24 @@ class Recording:
             except Exception:
                 logger.exception("the threads of episode %s could not be noted", group.episode)
                 continue
-            if self._backfill is not None and self._quiet(group, since):
+            if self._backfill is not None and not self._late and self._quiet(group, since):
                 await self._fill(self._backfill, group.episode)
             if self._quiet(group, since):
                 self._close(group)
         for episode in sorted(self._ending & self._store.history.episodes.keys()):
+            if self._late:
+                break
             try:
-                await self._on_disk(self._store.seal, episode)
+                sealed = await self._on_disk(self._store.seal, episode)
+                self._metrics.sealed.inc(sealed is not None)
                 self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
 
     async def _fill(self, backfill: Backfill, episode: str) -> None:
         try:
-            await backfill.fill(self._store.history.episodes[episode].unsealed)
+            async with asyncio.timeout_at(self._deadline):
+                await backfill.fill(self._store.history.episodes[episode].unsealed)
         except Exception:
             logger.exception("episode %s could not be filled", episode)
 
@@ -359,12 +429,25 @@ class Recording:
         await self._on_disk(self._store.roll)
         return found, n_new
 
-    async def close(self) -> None:
-        """Record what is under way, seal everything, roll the index."""
+    @property
+    def _late(self) -> bool:
+        return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
+
+    async def close(self, deadline: float) -> None:
+        """Record what is under way, seal everything, roll the index. From the deadline on, by the loop's clock, nothing
+        is claimed any more, and what is not sealed is left live.
+        """
+        self._deadline = deadline
         self._closing.set()
         while self._tasks:
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            left_s = deadline - asyncio.get_running_loop().time()
+            await asyncio.wait(self._tasks.values(), timeout=max(left_s, LATE_S))
+            if self._late:
+                for claim in self._claims:
+                    claim.cancel()
         await self.seal(0)
+        if self._late and self.n_live:
+            logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
         try:
             await self._on_disk(self._store.roll)
         except OSError:
@@ -386,13 +469,21 @@ class Recording:
 class Recorder:
     """The runs that a proxy writes, opened as they are named, and the task that seals what has gone quiet."""
 
-    def __init__(self, config: Config, backend: Backend) -> None:
+    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
         self.config = config
         self._backend = backend
+        self._metrics = metrics
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._sealing: asyncio.Task[None] | None = None
+        self._deadline: float | None = None
+        runs, data = self._runs, config.data
+        metrics.look_up("runs", "Runs that are open.", lambda: len(runs))
+        metrics.look_up("in_flight", "Calls under way.", lambda: sum(r.n_in_flight for r in runs.values()))
+        metrics.look_up("queue", "Calls waiting to be on disk.", lambda: sum(r.n_queued for r in runs.values()))
+        metrics.look_up("episodes_live", "Episodes not sealed.", lambda: sum(r.n_live for r in runs.values()))
+        metrics.look_up("disk_free_bytes", "Room where the runs lie.", lambda: shutil.disk_usage(data).free)
 
     async def start(self) -> None:
         """Open the default run, so that a directory that cannot be used stops the proxy here."""
@@ -414,7 +505,7 @@ class Recorder:
     async def _open(self, name: str) -> None:
         try:
             layout = Layout(self.config.data / name)
-            self._runs[name] = await Recording.open(layout, self.config, self._backend, self._slots)
+            self._runs[name] = await Recording.open(layout, self.config, self._backend, self._slots, self._metrics)
         finally:
             del self._opening[name]
 
@@ -429,11 +520,17 @@ class Recorder:
             for recording in list(self._runs.values()):
                 await recording.seal(idle_s)
 
+    def drain(self) -> float:
+        """From now on there are `drain_s` for all that is under way; returns when they are over."""
+        self._deadline = asyncio.get_running_loop().time() + self.config.drain_s
+        return self._deadline
+
     async def close(self) -> None:
         if self._sealing is not None:
             self._sealing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sealing
         await asyncio.gather(*self._opening.values(), return_exceptions=True)
+        deadline = self._deadline or self.drain()
         for recording in self._runs.values():
-            await recording.close()
+            await recording.close(deadline)

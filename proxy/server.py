@@ -5,7 +5,7 @@
 /episodes/<id>/v1/…        the same, as calls of that episode (so does a header `X-Episode-Id: <id>`)
 /tautap/runs/<run>         `proxy.admin`
 /openapi.json              `proxy.openapi`
-/health/live /health/ready
+/health/live /health/ready /metrics
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from episodes.layout import check_name
 from episodes.messages import JSON
 from episodes.records import Role
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
-from proxy import admin, bodies, openapi
+from proxy import admin, bodies, metrics, openapi
 from proxy.backend import Backend
 from proxy.config import TLS, Config
 from proxy.exchange import Exchange
 from proxy.keys import CLIENT, guard
+from proxy.metrics import Metrics, Watch
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
 from proxy.refusals import in_openai_shape, refusal, status
@@ -62,8 +63,10 @@ class Proxy:
         )
         app.on_response_prepare.append(_sign)
         app.cleanup_ctx.append(self._run)
+        app.on_shutdown.append(self._drain)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
+        app.router.add_get("/metrics", metrics.answer)
         app.router.add_get("/openapi.json", openapi.answer)
         app.add_routes(admin.routes())
         app.router.add_route("*", "/{path:.*}", self._handle)
@@ -71,14 +74,18 @@ class Proxy:
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
         async with session(self._config) as connections:
-            self._backend = Backend(self._config, connections)
+            self._backend = app[metrics.BACKEND] = Backend(self._config, connections)
             self._upstream = Upstream(self._backend, connections, self._config.timeouts)
-            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend)
+            counted = app[metrics.METRICS] = Metrics()
+            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend, counted)
             try:
                 await self._recorder.start()
                 yield
             finally:
                 await self._recorder.close()
+
+    async def _drain(self, app: web.Application) -> None:
+        self._recorder.drain()
 
     async def _live(self, request: web.Request) -> web.Response:
         return web.json_response({"status": "live"})
@@ -136,7 +143,9 @@ class Proxy:
         recording = await self._recorder.run(asked.run)
         await recording.room()
         body = await bodies.read(request, self._config.timeouts.idle_s)
+        watch = Watch()
         exchange = self._begin(request, asked.path, body, episode, recording)
+        exchange.watch = watch
         recording.begin(exchange.call())
         try:
             return await self._exchange(request, exchange, recording)
@@ -202,6 +211,7 @@ class Proxy:
             headers[CAPTURE_HEADER] = exchange.capture.header()
         body = self._translated(exchange.fields, exchange.body)
         reply = web.StreamResponse()
+        exchange.watch.pause()
         try:
             async with self._upstream.ask(
                 "POST", exchange.endpoint, request.rel_url.raw_query_string, headers, body
@@ -212,7 +222,9 @@ class Proxy:
                     reply = _answer(upstream)
                     await self._stream(request, reply, upstream, exchange, recording)
                 else:
-                    whole, exchange.foreign = messages.without_activations(await upstream.read())
+                    whole = await upstream.read()
+                    exchange.watch.go_on()
+                    whole, exchange.foreign = messages.without_activations(whole)
                     exchange.status = upstream.status
                     exchange.reply = messages.parse_object(whole)
                     await self._may_end(exchange, recording)
@@ -280,7 +292,7 @@ class Proxy:
         """Hand a call to the recorder, once."""
         if not exchange.recorded:
             exchange.recorded = True
-            recording.record(exchange.call(), exchange.claimable, exchange.foreign)
+            recording.record(exchange.call(), exchange.claimable, exchange.foreign, exchange.watch.seconds)
 
 
 def _answer(upstream: Reply, whole: bytes | None = None) -> web.StreamResponse:
@@ -337,7 +349,7 @@ async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> No
         Proxy(config).app(),
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=60,
+        shutdown_timeout=config.drain_s,
         auto_decompress=False,  # `proxy.bodies` does it, within a limit
     )
     try:

@@ -31,6 +31,7 @@ ENDS = {
     "react": "Try to be helpful and always follow the policy.\n",
 }
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+EXAMPLES = ["user: Hi!\nassistant: Hello.", "user: My seat?\ntool: {}\nassistant: 12A."]
 LABELS = {"user": "Customer", "assistant": "Agent", "system": "System"}
 
 
@@ -152,7 +153,9 @@ class Playing:
     def _system(self) -> JSON:
         if self._task.agent in ENDS:
             return {"role": "system", "content": POLICY + TEXT_AGENT + ENDS[self._task.agent]}
-        return {"role": "system", "content": self._task.traj[0]["content"]}
+        shots = self._random.sample(EXAMPLES, len(EXAMPLES)) if self._task.agent == "few-shot" else []
+        examples = [f"Example {i + 1}:\n{shot}" for i, shot in enumerate(shots)]
+        return {"role": "system", "content": "\n\n".join([self._task.traj[0]["content"], *examples])}
 
     def _act(self, messages: list[JSON], message: JSON) -> JSON:
         calls = message.get("tool_calls")
@@ -260,10 +263,22 @@ class Playing:
         return {"task": self._task.name, "role": role, "thread": thread, "turn": turn, "attempt": attempt, "kind": kind}
 
 
+def unchecked(body: JSON, expected: Any) -> JSON:
+    """What the OpenAI client makes of a body like ours when it has gone through every field of every message: half of
+    the time that a call takes.
+    """
+    import openai
+
+    return {name: value for name, value in body.items() if not isinstance(value, openai.NotGiven | openai.Omit)}
+
+
 if __name__ == "__main__":
     # litellm imports it when it first needs it, which may not happen in two threads at once.
     with suppress(ImportError):
         import httpx2  # noqa: F401
+    from openai.resources.chat.completions import completions
+
+    completions.maybe_transform = unchecked
     work = json.load(sys.stdin)
     player = Player(work["url"], work["model"])
     for tasks in work["trials"]:

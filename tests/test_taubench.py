@@ -148,8 +148,8 @@ def test_real_trajectories_16_at_once_are_all_in_their_place_and_linked(tmp_path
 def test_every_way_of_playing_is_recognised(tmp_path):
     """Each agent with each user, all at once, captured: all in place, paired, linked, and every row there."""
     rng = random.Random(3)
-    ways = list(product(["tool-calling", "act", "react"], ["llm", "react", "verify", "reflection"]))
-    tasks = [make_task(i, 0, rng, agent=agent, user=user) for i, (agent, user) in enumerate(ways * 3)]
+    ways = list(product(["tool-calling", "act", "react", "few-shot"], ["llm", "react", "verify", "reflection"]))
+    tasks = [make_task(i, 0, rng, agent=agent, user=user) for i, (agent, user) in enumerate(ways * 2)]
     with Running(Stub(tmp_path / "spool")) as stub, proxy_process(stub.url, tmp_path / "data") as url:
         results = play(url, MODEL, tasks)
     run = open_run(tmp_path / "data" / "r")

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from episodes.run import open_run
-from tests.conftest import until
+from tests.conftest import proxy_to, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
 
@@ -44,6 +44,19 @@ def test_what_is_recorded_is_counted_as_it_comes(proxy, http):
     tokens = sum(call.n_prompt + call.n_completion for call in calls)
     expected = {"calls": 3, "tokens": tokens, "rows": n_rows, "bytes": n_rows * len(POINTS) * HIDDEN * 2}
     assert http.get(path).json() == expected
+
+
+def test_a_run_that_goes_on_is_counted_whole(stub, tmp_path, http):
+    """What an earlier proxy recorded counts, sealed as it is."""
+    held = []
+    for n_calls in (2, 1):
+        with proxy_to(stub.url, tmp_path) as proxy:
+            held.append(http.post(f"{proxy.url}/tautap/runs/r").json())
+            converse(proxy.client(), f"begun with {n_calls}", n_calls)
+    calls = open_run(proxy.run_dir).history.calls.values()
+    n_rows = sum(call.n_kept for call in calls if "begun with 2" in call.request)
+    assert [before["calls"] for before in held] == [0, 2]
+    assert held[1]["rows"] == n_rows > 0 and held[1]["bytes"] == n_rows * len(POINTS) * HIDDEN * 2
 
 
 def test_sealing_waits_for_what_is_under_way(proxy, stub, http):

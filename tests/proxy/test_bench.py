@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,23 @@ def bench(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def watched(*arguments):
+    """The same on a terminal of 80 columns; returns its exit code, its output and what the terminal was sent."""
+    command = [sys.executable, "-m", "proxy", "bench", *map(str, arguments)]
+    env = os.environ | {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb") as terminal, tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=theirs, env=env)
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # how a terminal says that nobody is there any more
+            while chunk := terminal.read1():
+                shown += chunk
+        code = process.wait(60)
+        output.seek(0)
+        return code, output.read(), shown.decode()
+
+
 def results(directory):
     (path,) = directory.glob("*.json")
     return json.loads(path.read_text())
@@ -194,6 +213,7 @@ def test_an_installed_package_is_run_too(proxy, checkout, tmp_path, monkeypatch)
 
 
 def test_a_matrix_runs_each_configuration_into_its_own_run(proxy, checkout, tmp_path):
+    """And a terminal shows how far each is, in a table that is gone at the end."""
     matrix = tmp_path / "evals.toml"
     matrix.write_text(
         """
@@ -208,18 +228,20 @@ def test_a_matrix_runs_each_configuration_into_its_own_run(proxy, checkout, tmp_
     )
     logs = tmp_path / "logs"
     shared = ("--tau-bench", checkout, "--base-url", proxy.url, "--run", "m", "--matrix", matrix, "--at-once", 1)
-    done = bench(*shared, "--", "--log-dir", logs)
-    assert done.returncode == 0, done.stderr
+    code, said, shown = watched(*shared, "--", "--log-dir", logs)
+    assert code == 0, shown
     for env in ("retail", "airline"):
         run = open_run(proxy.config.data / f"m-act-{env}")
         assert rewards(run) == {(1, 0): 0.0, (2, 0): 1.0}
         assert {row["env"] for row in run.episodes.to_pylist() if row["task_id"]} == {env}
         assert len(results(logs / f"m-act-{env}")) == 2
-    assert done.stdout.count("joined: 2 of 2 results") == 2
-    assert [line.split()[:4] for line in done.stdout.splitlines()[-2:]] == [
+    assert said.count("joined: 2 of 2 results") == 2
+    assert [line.split()[:4] for line in said.splitlines()[-2:]] == [
         ["m-act-retail", "2/2", "50", "%"],
         ["m-act-airline", "2/2", "50", "%"],
     ]
+    assert "m-act-retail" in shown and "0/2" in shown and "2/2" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1, "the cursor is given back"
 
 
 def test_a_users_model_with_a_slash_in_its_name_gets_the_directory_that_tau_bench_needs(start, checkout, tmp_path):

@@ -106,6 +106,12 @@ def test_the_accepted_flags_are_what_this_tau_bench_takes(tmp_path):
         check(parse(["--env"]), known)
 
 
+def test_a_user_who_would_sit_at_a_keyboard_is_refused():
+    """tau-bench runs without one, several tasks at once."""
+    with pytest.raises(BadInput, match="--user-strategy human: nobody can type here; give llm, react"):
+        check(parse(["--user-strategy", "human"]), {"user-strategy"})
+
+
 @pytest.mark.parametrize("text", ["class Config: pass", "class :"])
 def test_a_file_without_a_run_config_is_no_tau_benchs(tmp_path, text):
     (tmp_path / "types.py").write_text(text)

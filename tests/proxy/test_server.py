@@ -1,5 +1,6 @@
 """The proxy in front of the stub: what clients see, and what is recorded of it."""
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.run import open_run
 from episodes.verify import problems
+from proxy.backend import Backend
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
 from tests.stub import HIDDEN, MODEL, POINTS, Running, Stub, render, rows
@@ -420,6 +422,44 @@ def test_the_command_drains_and_seals_on_sigterm(stub, tmp_path):
     run = open_run(tmp_path / "r")
     assert [e.status for e in run.history.episodes.values()] == ["sealed"]
     check_rows(run)
+
+
+def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path, monkeypatch):
+    """For a claim that never comes: the call is recorded as one without rows, and its episode left for another."""
+
+    async def never(self, call, into):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Backend, "claim", never)
+    with proxy_to(stub.url, tmp_path, drain_s=0.2) as proxy:
+        converse(proxy.client(), "kept waiting", 1)
+        begun = time.monotonic()
+        proxy.stop()
+    assert 0.2 < time.monotonic() - begun < 10
+    run = proxy.open()
+    (call,) = run.history.calls.values()
+    assert call.lost == "the proxy had to stop before they were claimed" and call.status == 200
+    assert [e.status for e in run.history.episodes.values()] == ["live"]
+    with proxy_to(stub.url, tmp_path) as proxy:
+        pass
+    assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+
+
+def test_a_call_that_outlasts_the_draining_is_broken_off_and_recorded(stub, tmp_path):
+    stub.stub.token_s = 0.5
+    with proxy_to(stub.url, tmp_path, drain_s=0.2) as proxy:
+        talking = threading.Thread(target=_fails, args=(proxy.client(),))
+        talking.start()
+        until(lambda: bool(stub.stub.bodies), "the call at the worker")
+        proxy.stop()
+        talking.join()
+    (call,) = proxy.open().history.calls.values()
+    assert call.error and call.status == 0
+
+
+def _fails(client):
+    with pytest.raises(openai.APIConnectionError):
+        converse(client, "too long", 1)
 
 
 def _live(url):

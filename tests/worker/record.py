@@ -1,19 +1,24 @@
-"""Records a short generation of a model with our worker class inside vLLM, for `test_families.py`.
+"""Records short generations of models with our worker class inside vLLM, for `test_families.py`.
 
-    python -m tests.worker.record MODEL OUT.npz '{"points": […], "custom": {…}, "source": …, "edit": …}' [ADAPTER]
+    python -m tests.worker.record
 
-The rest of the recorder's configuration is as in `worker.orders.Config`; ADAPTER is the directory of a LoRA adapter.
+Reads jobs from its input, one JSON object a line, and answers each with one: `{}` when `out` is written, else
+`{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's
+configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null.
 
-A program of its own: vLLM wants a process to itself, and changes transformers' classes in it.
+A program of its own: vLLM wants a process to itself, and changes transformers' classes in it. One for all models: to
+import vLLM takes longer than all else.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -62,8 +67,23 @@ def record(model: str, spool: Path, asked: dict[str, object], adapter: str | Non
     return {"tokens": token_id, "rows": rows, "uncaptured": np.array(other.outputs[0].token_ids)}
 
 
+def work(job: dict[str, object]) -> dict[str, str]:
+    """Do one job; what it says."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            np.savez(job["out"], **record(job["model"], Path(scratch), job["asked"], job["adapter"]))
+        return {}
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
 if __name__ == "__main__":
-    model, out, asked, *adapter = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as scratch:
-        np.savez(out, **record(model, Path(scratch), json.loads(asked), next(iter(adapter), None)))
-    print(json.dumps({"model": model, "recorded": out}))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(work(json.loads(line))), file=answers)

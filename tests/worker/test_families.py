@@ -90,17 +90,51 @@ class Recorded(NamedTuple):
     uncaptured: list[int]
 
 
-def record(home, points, adapter=None, **asked):
-    """What our worker recorded in vLLM, or what it said when it refused."""
-    out = home / "recorded.npz"
-    env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
-    command = [sys.executable, "-m", "tests.worker.record", str(home), str(out), json.dumps(asked | {"points": points})]
-    command += [str(adapter)] if adapter else []
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    if done.returncode:
-        return done.stderr
-    with np.load(out) as found:
-        return Recorded(found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist())
+class Recording:
+    """`tests.worker.record` in a process of its own, begun anew if it has died."""
+
+    def __init__(self, log):
+        self._log = log
+        self._process = None
+
+    def __call__(self, home, points, adapter=None, **asked):
+        """What our worker recorded in vLLM, or what it said when it refused."""
+        out = home / "recorded.npz"
+        job = {
+            "model": str(home),
+            "out": str(out),
+            "asked": asked | {"points": points},
+            "adapter": adapter and str(adapter),
+        }
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            return self._log.read_text(errors="replace")[-4000:]
+        if "error" in (said := json.loads(answer)):
+            return said["error"]
+        with np.load(out) as found:
+            return Recorded(found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist())
+
+    def _start(self):
+        env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
+        command, pipe = [sys.executable, "-m", "tests.worker.record"], subprocess.PIPE
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
+
+    def close(self):
+        if self._process is not None:
+            self._process.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def record(engines, tmp_path_factory):
+    """A function that records what a model computes. One vLLM at a time."""
+    engines.stop()
+    recording = Recording(tmp_path_factory.mktemp("record") / "log")
+    yield recording
+    recording.close()
 
 
 def check(recorded, model, points):
@@ -114,21 +148,15 @@ def check(recorded, model, points):
         assert error.max() <= 1e-4, f"{point}: {error.max()}"
 
 
-@pytest.fixture(autouse=True)
-def alone(engines):
-    """One vLLM at a time."""
-    engines.stop()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_point_holds_what_its_name_says(family, tmp_path):
+def test_every_point_holds_what_its_name_says(record, family, tmp_path):
     """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4."""
     model = make(family, tmp_path)
     recorded = record(tmp_path, POINTS)
     check(recorded, model, POINTS)
 
 
-def test_a_module_of_ones_own_is_a_point(tmp_path):
+def test_a_module_of_ones_own_is_a_point(record, tmp_path):
     """The output projection's output is what the attention block adds."""
     make("llama", tmp_path)
     points = ["layers.1.attn", "layers.1.mine"]
@@ -143,22 +171,21 @@ def test_a_module_of_ones_own_is_a_point(tmp_path):
         ("model.layers.*.self_attn.nothing.output", "model.layers.0.self_attn has"),
     ],
 )
-def test_a_location_that_does_not_fit_is_refused_at_start_by_name(tmp_path, location, says):
+def test_a_location_that_does_not_fit_is_refused_at_start_by_name(record, tmp_path, location, says):
     make("llama", tmp_path)
     refused = record(tmp_path, ["layers.0.mine"], custom={"mine": location})
     assert isinstance(refused, str) and "UnknownPoint" in refused and says in refused
 
 
 @pytest.fixture(scope="module")
-def observed(engines, tmp_path_factory):
+def observed(record, tmp_path_factory):
     """What the observers record of every layer's output of the tiny Llama."""
-    engines.stop()
     home = tmp_path_factory.mktemp("observed")
     make("llama", home)
     return record(home, OUTPUTS)
 
 
-def test_a_compiled_model_gives_the_same_rows_by_its_auxiliary_hidden_states(tmp_path, observed):
+def test_a_compiled_model_gives_the_same_rows_by_its_auxiliary_hidden_states(record, tmp_path, observed):
     """In vLLM's compiled graph, first, middle and last layer, against transformers and against the observers."""
     model = make("llama", tmp_path)
     compiled = record(tmp_path, OUTPUTS, source="aux")
@@ -168,7 +195,7 @@ def test_a_compiled_model_gives_the_same_rows_by_its_auxiliary_hidden_states(tmp
     assert error.max() <= 1e-4
 
 
-def test_a_model_without_auxiliary_hidden_states_is_refused_at_start_by_name(tmp_path):
+def test_a_model_without_auxiliary_hidden_states_is_refused_at_start_by_name(record, tmp_path):
     make("gpt2", tmp_path)
     refused = record(tmp_path, ["layers.0.output"], source="aux")
     assert isinstance(refused, str) and "GPT2LMHeadModel has no auxiliary hidden states" in refused
@@ -191,7 +218,7 @@ def late(model):
 """
 
 
-def test_the_capture_sees_what_an_edit_leaves(tmp_path, observed):
+def test_the_capture_sees_what_an_edit_leaves(record, tmp_path, observed):
     """Steering by a vector, in chunks and decode steps: rows and reply are those of a model with the vector added.
 
     A request that is not captured is not steered, nor finds what a steered one left in the cache.
@@ -208,21 +235,21 @@ def test_the_capture_sees_what_an_edit_leaves(tmp_path, observed):
     assert steered.uncaptured == observed.uncaptured
 
 
-def test_an_edit_can_replace_a_value(tmp_path):
+def test_an_edit_can_replace_a_value(record, tmp_path):
     make("llama", tmp_path)
     (tmp_path / "steer.py").write_text(STEER)
     rows = record(tmp_path, OUTPUTS[:2], edit=f"{tmp_path}/steer.py:replace").rows
     assert np.all(rows[:, 1] == 1) and not np.any(rows[:, 0] == 1)
 
 
-def test_an_edit_that_fails_on_a_row_is_refused_at_start(tmp_path):
+def test_an_edit_that_fails_on_a_row_is_refused_at_start(record, tmp_path):
     make("llama", tmp_path)
     (tmp_path / "steer.py").write_text(STEER)
     refused = record(tmp_path, ["layers.0.output"], edit=f"{tmp_path}/steer.py:late")
     assert isinstance(refused, str) and "steer.py:late" in refused and "model.model.layers.0.output" in refused
 
 
-def test_a_lora_adapters_rows_are_those_of_the_merged_weights(tmp_path, observed):
+def test_a_lora_adapters_rows_are_those_of_the_merged_weights(record, tmp_path, observed):
     model = make("llama", tmp_path)
     adapter = tmp_path / "adapter"
     adapter.mkdir()

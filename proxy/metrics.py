@@ -1,0 +1,122 @@
+"""What a proxy counts and shows at `GET /metrics`, in Prometheus' text format. Counters count since it started."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from episodes.records import Call
+from proxy.backend import Backend
+
+PREFIX = "tautap_proxy_"
+QUICK_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
+SLOW_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+# What differs from one call to the next in why it was lost, and how many reasons are told apart.
+PARTICULAR = re.compile(r"\b(?:c-)?[0-9a-f]{8,}\b|\d[\d,.]*")
+N_REASONS, REASON_LIMIT, OTHER = 30, 100, "other"
+# Of a worker's metrics what says how much waits there for the proxy.
+WORKERS = {
+    "spool_bytes": "Rows in the worker's spool, waiting to be claimed.",
+    "spool_limit_bytes": "What the worker's --spool-bytes allows.",
+}
+WORKERS_LINE = re.compile(rb"^tautap_(\w+) (\S+)$", re.MULTILINE)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of no use here
+
+
+class Watch:
+    """How long a request has kept the proxy itself busy, without the worker's turn."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._since: float | None = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def pause(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
+
+
+class Metrics:
+    """The counters of one proxy, and what it looks up when it is asked (`look_up`)."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._reasons: set[str] = set()
+        self._calls = self._counter("calls", "Generation calls; status 0: the client left first.", "role", "status")
+        self._turns = self._counter("turns", "Turns of agents.")
+        self._tokens = self._counter("tokens", "Tokens of recorded calls.", "kind")
+        self._rows = self._counter("rows", "Positions of calls: stored, shared with an earlier call, missing.", "kind")
+        self._row_bytes = self._counter("row_bytes", "Bytes of the vectors that were stored.")
+        self._failed = self._counter("captures_failed", "Calls whose activations were lost.", "reason")
+        self.sealed = self._counter("episodes_sealed", "Episodes sealed.")
+        self._added = self._histogram(
+            "added_seconds", "What the proxy itself added to a call, of a stream until it begins.", QUICK_S
+        )
+        self._first_byte = self._histogram("first_byte_seconds", "From a call to its reply's first byte.", SLOW_S)
+        self._whole = self._histogram("call_seconds", "From a call to its reply's end.", SLOW_S)
+        self.claim = self._histogram("claim_seconds", "From a reply's end until its activations were here.", SLOW_S)
+        self.commit = self._histogram("commit_seconds", "From then until they were on disk for good.", QUICK_S)
+        self._workers = {name: Gauge(PREFIX + name, said, registry=self._registry) for name, said in WORKERS.items()}
+
+    def look_up(self, name: str, said: str, value: Callable[[], float]) -> None:
+        """Show under this name what the function says at the time."""
+        Gauge(PREFIX + name, said, registry=self._registry).set_function(value)
+
+    def ended(self, call: Call, added_s: float) -> None:
+        """A call is over, whatever became of it."""
+        self._calls.labels(call.role, str(call.status)).inc()
+        self._turns.inc(call.role == "agent" and call.kind == "turn")
+        self._added.observe(added_s)
+        self._whole.observe(max(call.ended - call.started, 0))
+        if call.first_byte is not None:
+            self._first_byte.observe(max(call.first_byte - call.started, 0))
+
+    def recorded(self, call: Call, rows: Mapping[str, int], row_bytes: int) -> None:
+        """A call is on disk. rows: how many of its positions it stored, shares or lacks. row_bytes: of the stored."""
+        self._tokens.labels("prompt").inc(call.n_prompt)
+        self._tokens.labels("completion").inc(call.n_completion)
+        for kind, n_rows in rows.items():
+            self._rows.labels(kind).inc(n_rows)
+        self._row_bytes.inc(row_bytes)
+
+    def failed(self, reason: str) -> None:
+        """The activations of a call were lost. Reasons that differ in numbers alone are one."""
+        kind = PARTICULAR.sub("N", reason)[:REASON_LIMIT]
+        if kind not in self._reasons and len(self._reasons) == N_REASONS:
+            kind = OTHER
+        else:
+            self._reasons.add(kind)
+        self._failed.labels(kind).inc()
+
+    def exposition(self, worker: bytes) -> bytes:
+        """All of it. worker: the worker's own, of which some is shown; NaN if it does not answer."""
+        found = dict(WORKERS_LINE.findall(worker))
+        for name, gauge in self._workers.items():
+            gauge.set(float(found.get(name.encode(), "nan")))
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, said: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, said, labels, registry=self._registry)
+
+    def _histogram(self, name: str, said: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, said, buckets=buckets, registry=self._registry)
+
+
+METRICS = web.AppKey("metrics", Metrics)
+BACKEND = web.AppKey("backend", Backend)
+
+
+async def answer(request: web.Request) -> web.Response:
+    """`GET /metrics`."""
+    body = request.app[METRICS].exposition(await request.app[BACKEND].metrics())
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -1,0 +1,96 @@
+"""What a proxy counts of what it does, as Prometheus would read it."""
+
+import math
+import threading
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from proxy.metrics import N_REASONS, OTHER, Metrics
+from tests.conftest import free_port, proxy_to, until
+from tests.proxy.test_server import committed, converse, user
+from tests.stub import HIDDEN, MODEL, POINTS
+
+
+class Metered:
+    """The metrics of a proxy: name and label values → value, looked up anew each time."""
+
+    def __init__(self, http, proxy):
+        self._http, self._url = http, f"{proxy.url}/metrics"
+
+    def __call__(self, name, **labels):
+        reply = self._http.get(self._url)
+        assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+        return read(reply.text, name, **labels)
+
+
+def read(text, name, **labels):
+    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
+    return sum(s.value for s in samples if s.name == f"tautap_proxy_{name}" and labels.items() <= s.labels.items())
+
+
+@pytest.fixture
+def metered(http, proxy):
+    return Metered(http, proxy)
+
+
+def test_calls_tokens_and_rows_are_counted_as_the_journal_has_them(proxy, metered):
+    """What one conversation of three turns stores and shares, and how long each step took."""
+    converse(proxy.client(), "counted", 3)
+    until(lambda: metered("commit_seconds_count") == 3, "three calls on disk")
+    run = proxy.open()
+    calls = [run.call(call) for call in run.history.calls]
+    n_rows = sum(call.record.n_kept for call in calls)
+    n_positions = sum(call.record.n_positions for call in calls)
+    assert metered("calls_total", role="agent", status="200") == metered("turns_total") == 3
+    assert metered("tokens_total", kind="prompt") == sum(call.record.n_prompt for call in calls)
+    assert metered("tokens_total", kind="completion") == sum(call.record.n_completion for call in calls)
+    assert metered("rows_total", kind="stored") == n_rows > 0
+    assert metered("rows_total", kind="shared") == n_positions - n_rows > 0
+    assert metered("rows_total", kind="missing") == 0
+    assert metered("row_bytes_total") == n_rows * len(POINTS) * HIDDEN * 2
+    for name in ("added", "first_byte", "call", "claim"):
+        assert metered(f"{name}_seconds_count") == 3
+    assert 0 < metered("added_seconds_sum") < metered("call_seconds_sum")
+    assert metered("episodes_live") == metered("runs") == 1 and metered("disk_free_bytes") > 0
+    assert metered("spool_bytes") == 0 < metered("spool_limit_bytes")
+
+
+def test_what_is_under_way_and_what_was_sealed_can_be_seen(proxy, stub, metered, http):
+    stub.stub.token_s = 0.2
+    talking = threading.Thread(target=converse, args=(proxy.client(), "slow", 1))
+    talking.start()
+    until(lambda: metered("in_flight") == 1, "a call under way")
+    stub.stub.token_s = 0
+    talking.join()
+    http.post(f"{proxy.url}/tautap/runs/r/seal")
+    assert metered("in_flight") == metered("queue") == metered("episodes_live") == 0
+    assert metered("episodes_sealed_total") == 1
+
+
+def test_lost_activations_are_counted_by_reason(proxy, stub, metered):
+    """Whatever numbers the reason names; the positions that have no row are missing."""
+    client = proxy.client()
+    for n_bytes in (1200, 34):
+        stub.stub.engine.fail_captures = f"the spool is full: {n_bytes} bytes more"
+        client.chat.completions.create(model=MODEL, messages=[user(f"Hi {n_bytes}")])
+    calls = committed(proxy, 2).history.calls.values()
+    assert metered("captures_failed_total", reason="the spool is full: N bytes more") == 2
+    assert metered("rows_total", kind="missing") == sum(call.n_positions for call in calls) > 0
+
+
+def test_reasons_that_never_repeat_do_not_fill_the_memory():
+    metrics = Metrics()
+    for first in "abcdefgh":
+        for second in "stuvwxyz":
+            metrics.failed(f"no {first}{second}")
+    text = metrics.exposition(b"").decode()
+    assert text.count("tautap_proxy_captures_failed_total{") == N_REASONS + 1
+    assert read(text, "captures_failed_total", reason=OTHER) == 64 - N_REASONS
+
+
+def test_a_worker_that_does_not_answer_leaves_the_rest(tmp_path, http):
+    with proxy_to(f"http://127.0.0.1:{free_port()}", tmp_path) as proxy:
+        metered = Metered(http, proxy)
+        assert http.post(f"{proxy.url}/v1/chat/completions", json={"messages": []}).status_code == 502
+        assert metered("calls_total", status="502") == 1 and math.isnan(metered("spool_bytes"))
