@@ -29,6 +29,7 @@ import psutil
 import uvicorn
 import uvloop
 import zstandard
+from numpy.typing import NDArray
 from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -53,35 +54,39 @@ def serve(port: int, spools: dict[str, Path]) -> None:
     for name, spool in spools.items():
         prepare(spool)
         ledger = Ledger(spool)
-        fill(ledger)
+        rows = random_rows(TOKENS, HIDDEN, POINTS)
+        for number in range(CALLS):
+            fill(ledger, f"c-{number}", list(range(TOKENS)), POINTS, rows)
         own = Routes(ledger, None)  # type: ignore[arg-type]  # only capabilities would look at it
         routes.append(Mount(f"/{name}", routes=[Route("/v1/activations/{call}", own.claim)]))
     uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
 
 
-def fill(ledger: Ledger) -> None:
-    """Calls of random rows, ended and spooled."""
-    rows = np.random.default_rng(0).standard_normal((TOKENS, len(POINTS), HIDDEN), np.float32)
-    data = rows.astype(ml_dtypes.bfloat16).view(np.uint8)
-    prompt = list(range(TOKENS))
-    for number in range(CALLS):
-        file = SpoolFile(ledger.spool, f"c-{number}", 0, POINTS, "BF16", HIDDEN, prompt)
-        file.append(0, np.array(prompt, np.int32), data)
-        file.finish()
-        call = ledger.open(f"c-{number}", POINTS, "all")
-        call.order(1)
-        part = SimpleNamespace(index=0, token_ids=[1], finish_reason="length")
-        call.note(0, SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0, outputs=[part]), delta=True)
-        ledger.close(call)
+def random_rows(n_rows: int, hidden: int, points: list[str]) -> NDArray[np.uint8]:
+    rows = np.random.default_rng(0).standard_normal((n_rows, len(points), hidden), np.float32)
+    return rows.astype(ml_dtypes.bfloat16).view(np.uint8)
+
+
+def fill(ledger: Ledger, name: str, prompt: list[int], points: list[str], rows: NDArray[np.uint8]) -> None:
+    """Have a call of these rows, one for each token of its prompt, ended and spooled."""
+    file = SpoolFile(ledger.spool, name, 0, points, "BF16", rows.shape[2] // 2, prompt)
+    file.append(0, np.array(prompt, np.int32), rows)
+    file.finish()
+    call = ledger.open(name, points, "all")
+    call.order(1)
+    part = SimpleNamespace(index=0, token_ids=[1], finish_reason="length")
+    call.note(0, SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0, outputs=[part]), delta=True)
+    ledger.close(call)
 
 
 @contextlib.contextmanager
-def worker(spools: dict[str, Path]) -> Iterator[tuple[psutil.Process, str]]:
+def worker(spools: dict[str, Path], script: str = __file__) -> Iterator[tuple[psutil.Process, str]]:
+    """Another process that runs `script --serve PORT NAME=SPOOL…`, and the URL that it then serves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     named = [f"{name}={path}" for name, path in spools.items()]
-    process = subprocess.Popen([sys.executable, __file__, "--serve", str(port), *named])
+    process = subprocess.Popen([sys.executable, script, "--serve", str(port), *named])
     try:
         yield psutil.Process(process.pid), f"http://127.0.0.1:{port}"
     finally:

@@ -1,6 +1,6 @@
 """What capture costs: agent traffic through stock vLLM, our worker and the alternatives, in one run, as ratios.
 
-    python benchmarks/overhead.py [RESULTS] [--columns stock,off,3] [--blocks 2] [--rounds 3]
+    python benchmarks/overhead.py [RESULTS] [--columns stock,off,3] [--blocks 2] [--rounds 3] [--dtype float32]
 
 RESULTS is a tau-bench results file: its trajectories are replayed, 8 episodes at once; without one, made-up ones are.
 Every round has a system prompt that no server has seen, and puts it into the cache before its clock starts: a run of a
@@ -42,12 +42,13 @@ from traffic import Keeper, Tally, Traffic
 
 PORT = 8011
 FLAGS = ["--port", str(PORT), "--max-model-len", str(traffic.MAX_MODEL_LEN)]
-LAYERS, N_LAYERS, HIDDEN_BYTES = [8, 12, 16], 30, 576 * 2
+LAYERS, N_LAYERS, HIDDEN = [8, 12, 16], 30, 576
+WIDTHS = {"bfloat16": 2, "float32": 4}
 
 
 class Column(NamedTuple):
     """server: a name in `commands`. base, off: the columns that its ratios are to, of the same flags and of the same
-    server without capture. n_points: how many the keeper keeps of each row.
+    server without capture. n_points: how many the keeper keeps of each row. keeper: of a directory and a row's bytes.
     """
 
     title: str
@@ -55,22 +56,22 @@ class Column(NamedTuple):
     base: str
     off: str
     n_points: int
-    keeper: Callable[[Path], Keeper]
+    keeper: Callable[[Path, int], Keeper]
 
 
-def claimed(layers: list[int]) -> Callable[[Path], Keeper]:
-    return lambda scratch: traffic.Claimed(scratch, tuple(f"layers.{n}.output" for n in layers))
+def claimed(layers: list[int]) -> Callable[[Path, int], Keeper]:
+    return lambda scratch, row_bytes: traffic.Claimed(scratch, tuple(f"layers.{n}.output" for n in layers))
 
 
-def nothing(scratch: Path) -> Keeper:
+def nothing(scratch: Path, row_bytes: int) -> Keeper:
     return traffic.Nothing()
 
 
-def home(scratch: Path) -> Keeper:
-    return traffic.Home(len(LAYERS) * HIDDEN_BYTES)
+def home(scratch: Path, row_bytes: int) -> Keeper:
+    return traffic.Home(row_bytes)
 
 
-def extracted(scratch: Path) -> Keeper:
+def extracted(scratch: Path, row_bytes: int) -> Keeper:
     return traffic.Extracted()
 
 
@@ -87,16 +88,17 @@ COLUMNS = {
 }
 
 
-def commands(scratch: Path) -> dict[str, Callable[[], Command]]:
+def commands(scratch: Path, dtype: str) -> dict[str, Callable[[], Command]]:
     """How each server is started."""
-    aux = [*FLAGS, "--capture-source", "aux", "--layers", ",".join(map(str, LAYERS))]
+    flags = [*FLAGS, "--dtype", dtype]
+    aux = [*flags, "--capture-source", "aux", "--layers", ",".join(map(str, LAYERS))]
     return {
-        "stock": lambda: servers.stock(FLAGS),
-        "ours": lambda: servers.ours([*FLAGS, "--layers", "all"]),
+        "stock": lambda: servers.stock(flags),
+        "ours": lambda: servers.ours([*flags, "--layers", "all"]),
         "compiled": lambda: servers.stock(aux),
         "aux": lambda: servers.ours(aux),
-        "edit": lambda: servers.edited(FLAGS, LAYERS, traffic.MAX_MODEL_LEN),
-        "extract": lambda: servers.extracting(FLAGS, LAYERS, scratch),
+        "edit": lambda: servers.edited(flags, LAYERS, traffic.MAX_MODEL_LEN),
+        "extract": lambda: servers.extracting(flags, LAYERS, scratch),
     }
 
 
@@ -117,28 +119,34 @@ def measure(server: Server, keeper: Keeper, replay: Traffic) -> Round:
 
 
 def measure_server(
-    name: str, columns: list[str], replay: Traffic, n_rounds: int, scratch: Path
+    name: str, columns: list[str], replay: Traffic, n_rounds: int, dtype: str, scratch: Path
 ) -> list[tuple[str, Round]]:
     """Rounds of the columns that one server serves, in turn."""
+    keepers = {column: COLUMNS[column].keeper(scratch, row_bytes(column, dtype)) for column in columns}
     found = []
-    with servers.running(commands(scratch)[name](), PORT, scratch / "server.log") as server:
+    with servers.running(commands(scratch, dtype)[name](), PORT, scratch / "server.log") as server:
         for column in columns:  # not counted: the first calls compile and instrument
-            asyncio.run(replay.prime(server.url, COLUMNS[column].keeper(scratch), replay.fresh()[0], Tally()))
+            asyncio.run(replay.prime(server.url, keepers[column], replay.fresh()[0], Tally()))
         for number in range(n_rounds):
             for column in columns if number % 2 else columns[::-1]:
-                found.append((column, measure(server, COLUMNS[column].keeper(scratch), replay)))
+                found.append((column, measure(server, keepers[column], replay)))
                 print(f"  {COLUMNS[column].title}: {json.dumps(found[-1][1]._asdict())}", file=sys.stderr)
     return found
 
 
-def table(found: dict[str, list[Round]]) -> Table:
+def row_bytes(column: str, dtype: str) -> int:
+    """Bytes of the vectors that are kept of one token."""
+    return COLUMNS[column].n_points * HIDDEN * WIDTHS[dtype]
+
+
+def table(found: dict[str, list[Round]], dtype: str) -> Table:
     """One line a column. MB stored a round; and by how much every token of every call would have been more."""
     shown = Table("", "rounds", "wall s", "ratio", "to off", "spread s", "CPU s", "ratio", "to off", "MB", "saving")
     for name, rounds in found.items():
         column = COLUMNS[name]
         bases = [found.get(base, []) for base in (column.base, column.off)]
         times = [*timings("wall_s", rounds, bases), spread(rounds), *timings("cpu_s", rounds, bases)]
-        shown.add_row(column.title, str(len(rounds)), *times, *sizes(rounds, column.n_points))
+        shown.add_row(column.title, str(len(rounds)), *times, *sizes(rounds, row_bytes(name, dtype)))
     return shown
 
 
@@ -152,10 +160,10 @@ def spread(rounds: list[Round]) -> str:
     return f"{min(r.wall_s for r in rounds):.1f}–{max(r.wall_s for r in rounds):.1f}"
 
 
-def sizes(rounds: list[Round], n_points: int) -> list[str]:
-    if not n_points:
+def sizes(rounds: list[Round], row_bytes: int) -> list[str]:
+    if not row_bytes:
         return ["", ""]
-    stored, every = sum(r.n_bytes for r in rounds), sum(r.n_rows for r in rounds) * n_points * HIDDEN_BYTES
+    stored, every = sum(r.n_bytes for r in rounds), sum(r.n_rows for r in rounds) * row_bytes
     return [f"{stored / len(rounds) / 1e6:.1f}", f"{every / stored:.1f}×"]
 
 
@@ -167,6 +175,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each column per start (%(default)s)")
     parser.add_argument("--episodes", type=int, default=traffic.IN_FLIGHT, help="episodes of a round (%(default)s)")
     parser.add_argument("--turns", type=int, help="calls of an episode, at most (all)")
+    parser.add_argument("--dtype", choices=WIDTHS, default="bfloat16", help="of the model and its rows (%(default)s)")
     options = parser.parse_args()
     options.columns = options.columns.split(",")
     unknown = set(options.columns) - set(COLUMNS)
@@ -185,10 +194,11 @@ def main() -> None:
     for block in range(options.blocks):
         for name in list(by_server)[:: -1 if block % 2 else 1]:
             with TemporaryDirectory() as scratch:
-                for column, one in measure_server(name, by_server[name], replay, options.rounds, Path(scratch)):
+                rounds = measure_server(name, by_server[name], replay, options.rounds, options.dtype, Path(scratch))
+                for column, one in rounds:
                     found[column].append(one)
-    print(f"{servers.machine()}, {replay.title}")
-    Console(width=120).print(table(found))
+    print(f"{servers.machine()}, {replay.title}, {options.dtype}")
+    Console(width=120).print(table(found, options.dtype))
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ async def soak(
 
 def phase(capture: bool, replay: Traffic, options: argparse.Namespace) -> Phase:
     flags = ["--port", str(PORT), "--max-model-len", str(traffic.MAX_MODEL_LEN)]
-    flags += ["--layers", options.layers, "--buffer-bytes", options.buffer_bytes]
+    flags += ["--dtype", options.dtype, "--layers", options.layers, "--buffer-bytes", options.buffer_bytes]
     with TemporaryDirectory() as name:
         scratch = Path(name)
         keeper = traffic.Claimed(scratch) if capture else traffic.Nothing()
@@ -121,6 +121,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--buffer-bytes", default="256M", help="as the worker's (%(default)s)")
     parser.add_argument("--episodes", type=int, default=2 * traffic.IN_FLIGHT, help="different ones (%(default)s)")
     parser.add_argument("--turns", type=int, help="calls of an episode, at most (all)")
+    parser.add_argument("--dtype", default="bfloat16", help="as the worker's (%(default)s)")
     return parser.parse_args()
 
 

@@ -10,6 +10,9 @@ TautapError
 │   ├── WrongModel       recorded with another model or dtype
 │   ├── RunLocked        another process is writing it
 │   └── CorruptFile      bytes that are not what the format says
+├── WorkerFailed         a worker that cannot be reached or broke off: HTTP answers 502
+│   ├── NoWorker         none that can be reached: nothing was sent
+│   └── WorkerTooSlow    one that kept us waiting longer than it may: HTTP answers 504
 ├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
 ├── MissingRows          a reader asked for rows that were never stored
 ├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
@@ -62,6 +65,18 @@ class RunLocked(BadRun):
 
 
 class CorruptFile(BadRun):
+    pass
+
+
+class WorkerFailed(TautapError):
+    pass
+
+
+class NoWorker(WorkerFailed):
+    pass
+
+
+class WorkerTooSlow(WorkerFailed):
     pass
 
 

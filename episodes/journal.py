@@ -44,7 +44,7 @@ def decode(line: bytes) -> Record:
         raise CorruptFile("the checksum does not match")
     try:
         return _decoder.decode(text)
-    except msgspec.MsgspecError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(str(error)) from None
 
 

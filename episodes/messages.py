@@ -10,48 +10,57 @@ from typing import Any
 
 import msgspec
 
+from episodes.errors import BadInput
+
 JSON = dict[str, Any]
 TEXT_PARTS = {"text", "input_text", "output_text", "refusal", "thinking"}
 STRIPPED = ("activations", "activation_collection_status")
+# Tools' schemas are about ten deep.
+DEPTH_LIMIT = 100
+TOO_DEEP = f"the JSON is more than {DEPTH_LIMIT} deep: that is all that is taken"
 
 _objects: msgspec.json.Decoder[JSON] = msgspec.json.Decoder(JSON)
 _sorted = msgspec.json.Encoder(order="deterministic")
 
 
-def parse_object(data: bytes | str) -> JSON | None:
-    """The JSON object in `data`, None if it is anything else."""
+def parse_request(data: bytes | str) -> JSON | None:
+    """The JSON object in `data`, None if it is anything else; BadInput for one so deep that code that walks it would
+    fall over.
+    """
     try:
-        return _objects.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = _objects.decode(data)
+    except ValueError:  # of msgspec, of UTF-8, or of an integer of thousands of digits
+        return None
+    except RecursionError:
+        raise BadInput(TOO_DEEP) from None
+    if _openings(data) > DEPTH_LIMIT and _deep(found):
+        raise BadInput(TOO_DEEP)
+    return found
+
+
+def parse_object(data: bytes | str) -> JSON | None:
+    """The JSON object in `data`, None if it is anything else or too deep."""
+    try:
+        return parse_request(data)
+    except BadInput:
         return None
 
 
-class Events:
-    """Cuts a server-sent event stream into its events, wherever the network cut it into chunks.
-
-    feed: the events that a chunk completes, each with its blank line, byte for byte. rest: what is left at the end.
-    """
-
-    def __init__(self) -> None:
-        self.rest = b""
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        data = self.rest + chunk
-        events = []
-        start = 0
-        while True:
-            ends = [e + len(s) for s in (b"\n\n", b"\r\n\r\n") if (e := data.find(s, start)) >= 0]
-            if not ends:
-                break
-            events.append(data[start : min(ends)])
-            start = min(ends)
-        self.rest = data[start:]
-        return events
+def _openings(data: bytes | str) -> int:
+    """Brackets in a JSON text: it is no deeper than it has of them."""
+    if isinstance(data, str):
+        return data.count("{") + data.count("[")
+    return data.count(b"{") + data.count(b"[")
 
 
-def event_data(event: bytes) -> bytes:
-    """The `data` of one event, its lines joined."""
-    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+def _deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        inner = [child for v in level for child in (v.values() if type(v) is dict else v)]
+        level = [child for child in inner if type(child) in (dict, list)]
+        if not level:
+            return False
+    return True
 
 
 def without_activations(data: bytes) -> tuple[bytes, JSON]:
@@ -65,51 +74,6 @@ def without_activations(data: bytes) -> tuple[bytes, JSON]:
         return data, {}
     taken = {name: reply.pop(name) for name in STRIPPED if name in reply}
     return (msgspec.json.encode(reply), taken) if taken else (data, {})
-
-
-def event_without_activations(event: bytes) -> tuple[bytes, JSON]:
-    """The same for one event of a stream."""
-    data = event_data(event)
-    kept, taken = without_activations(data)
-    return (event.replace(data, kept) if taken else event), taken
-
-
-def assemble(events: Iterable[bytes]) -> JSON:
-    """The reply that a stream of chunks spells out, in the shape of one that was not streamed."""
-    reply: JSON = {}
-    choices: dict[int, JSON] = {}
-    for event in events:
-        chunk = parse_object(event_data(event))
-        if chunk is None:
-            continue
-        reply.update({k: v for k, v in chunk.items() if k != "choices" and v is not None})
-        for part in chunk.get("choices") or []:
-            _grow(choices.setdefault(int(part.get("index") or 0), {}), part)
-    reply["choices"] = [choices[i] for i in sorted(choices)]
-    return reply
-
-
-def _grow(choice: JSON, part: JSON) -> None:
-    choice["index"] = part.get("index") or 0
-    if part.get("finish_reason"):
-        choice["finish_reason"] = part["finish_reason"]
-    if "text" in part:
-        choice["text"] = choice.get("text", "") + (part["text"] or "")
-        return
-    message = choice.setdefault("message", {"role": "assistant", "content": None})
-    delta = part.get("delta") or {}
-    for name in ("content", "reasoning", "reasoning_content", "refusal"):
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for piece in delta.get("tool_calls") or []:
-        calls = message.setdefault("tool_calls", [])
-        index = piece.get("index") or 0
-        while len(calls) <= index:
-            calls.append({"id": None, "type": "function", "function": {"name": "", "arguments": ""}})
-        call, function = calls[index], piece.get("function") or {}
-        call["id"] = piece.get("id") or call["id"]
-        call["function"]["name"] += function.get("name") or ""
-        call["function"]["arguments"] += function.get("arguments") or ""
 
 
 def chat(fields: JSON | None) -> list[JSON] | None:
@@ -128,14 +92,18 @@ def media(fields: JSON) -> list[str]:
 
 def reply_messages(reply: JSON) -> list[JSON]:
     """The assistant message of every choice of a chat reply."""
-    return [c["message"] for c in reply.get("choices") or [] if isinstance(c.get("message"), dict)]
+    return [choice["message"] for choice in _choices(reply) if isinstance(choice.get("message"), dict)]
 
 
 def finish_reason(reply: JSON) -> str | None:
     """Why the first choice ended."""
-    choices = reply.get("choices") or [{}]
-    reason = choices[0].get("finish_reason") if isinstance(choices[0], dict) else None
+    reason = next((choice.get("finish_reason") for choice in _choices(reply)), None)
     return reason if isinstance(reason, str) else None
+
+
+def _choices(reply: JSON) -> list[JSON]:
+    found = reply.get("choices")
+    return [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
 
 
 def canonical(message: JSON) -> tuple[str, str, bytes]:

@@ -71,6 +71,7 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     episode: as far as was known when the call began: a `Pair` may move its thread unless it is named, which is to say
     by the client. attempt: counts a turn's calls.
     lost: why activations that were asked for are not there. foreign: the backend sent some of its own.
+    request_id: the client's `X-Request-Id`. client: the name of the key that it came with.
     """
 
     id: str
@@ -97,6 +98,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     kept: list[Kept] = []
     lost: str | None = None
     foreign: bool = False
+    request_id: str = ""
+    client: str = ""
 
     @property
     def spec(self) -> tuple[str, ...]:

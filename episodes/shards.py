@@ -34,10 +34,10 @@ INDEX = [
 ]
 INDEX_NAMES = [field.name for field in INDEX]
 # The bits of the exponent: all of them set in infinity and NaN, and in nothing else.
-EXPONENTS = {
-    "bfloat16": (np.uint16, np.uint16(0x7F80)),
-    "float16": (np.uint16, np.uint16(0x7C00)),
-    "float32": (np.uint32, np.uint32(0x7F80_0000)),
+EXPONENTS: dict[str, tuple[Any, Any, int]] = {
+    "bfloat16": (np.int16, np.uint16, 0x7F80),
+    "float16": (np.int16, np.uint16, 0x7C00),
+    "float32": (np.int32, np.uint32, 0x7F80_0000),
 }
 
 
@@ -131,7 +131,7 @@ class Shard:
         for group in range(bisect_right(self._starts, first) - 1, bisect_left(self._starts, last)):
             offset = self._starts[group]
             parts.append(self._vectors(group, point)[max(first - offset, 0) : last - offset])
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read(self, group: int, point: str) -> NDArray[Any]:
         return vector_column(self._file.read_row_group(group, [point]), point)
@@ -172,9 +172,16 @@ def vector_column(table: pa.Table, point: str) -> NDArray[Any]:
 
 
 def count_nonfinite(values: NDArray[Any]) -> int:
-    """How many elements are NaN or infinite. On the bits, since ml_dtypes tests bf16 one element at a time."""
-    unsigned, exponent = EXPONENTS[values.dtype.name]
-    return int(np.count_nonzero((values.view(unsigned) & exponent) == exponent))
+    """How many elements are NaN or infinite. On the bits, since ml_dtypes tests bf16 one element at a time.
+
+    Without the sign these are the largest numbers of all. Two maxima tell whether there are any: four times as fast as
+    counting, and there seldom are.
+    """
+    signed, unsigned, exponent = EXPONENTS[values.dtype.name]
+    bits, sign = values.view(unsigned), np.iinfo(signed).max + 1
+    if values.size == 0 or (values.view(signed).max() < exponent and bits.max() < sign + exponent):
+        return 0
+    return int(np.count_nonzero((bits & exponent) == exponent))
 
 
 def _stretches(table: pa.Table) -> Iterator[tuple[str, tuple[int, int, int]]]:

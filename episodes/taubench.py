@@ -165,7 +165,7 @@ def parse_results(text: bytes, source: str) -> list[Result]:
     """The entries of a results file of that name; BadInput says what is wrong with it."""
     try:
         results = msgspec.json.decode(text, type=list[Result])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise BadInput(
             f"{source} is not a results file of tau-bench, a JSON list of task_id, reward, info, traj and trial: "
             f"{error}"

@@ -23,11 +23,12 @@ the rest; `join` makes the one out of the others without copying a row.
 from __future__ import annotations
 
 import json
+import math
 import struct
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import ml_dtypes
 import msgspec
@@ -40,6 +41,9 @@ from episodes.points import Points, split
 CAPTURE_HEADER = "X-Tautap-Capture"
 GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions")
 HEADER_LIMIT = 64 << 20
+INDEX = ("position", "token_id", "choice")
+# An engine that is told late that a request is over has computed rows of tokens that nobody got.
+AHEAD = 4096
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -76,7 +80,7 @@ class Capture(msgspec.Struct, frozen=True, omit_defaults=True):
         """The capture in a header's value; BadCapture says what was wrong with it."""
         try:
             return msgspec.json.decode(header, type=cls)
-        except (msgspec.MsgspecError, UnicodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise BadCapture(f"{CAPTURE_HEADER} {header[:200]!r}: {error}") from None
 
 
@@ -152,7 +156,23 @@ class Tensor(NamedTuple):
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
-    return DTYPES[dtype].itemsize * int(np.prod(tuple(shape), dtype=np.int64))
+    return DTYPES[dtype].itemsize * math.prod(shape)  # of Python's numbers, which do not overflow
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 48)]
+
+
+class _Field(msgspec.Struct, frozen=True):
+    """A tensor in a header. extent: where it starts and stops behind the header."""
+
+    dtype: Literal["BF16", "F16", "F32", "I32"]
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=3)]
+    extent: tuple[Count, Count] = msgspec.field(name="data_offsets")
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_metadata = msgspec.json.Decoder(dict[str, str])
+_field = msgspec.json.Decoder(_Field)
 
 
 def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0) -> bytes:
@@ -174,24 +194,26 @@ def header(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; CorruptFile unless every byte of it is accounted for."""
+    """Tensors and metadata of a safetensors file; CorruptFile unless every byte of it is accounted for, once."""
     try:
         with path.open("rb") as file:
             size = struct.unpack("<Q", file.read(8))[0]
-            if size > HEADER_LIMIT:
+            n_bytes = path.stat().st_size - 8
+            if size > min(HEADER_LIMIT, n_bytes):
                 raise ValueError(f"a header of {size} bytes")
-            fields = json.loads(file.read(size))
-        metadata = {str(key): str(value) for key, value in fields.pop("__metadata__", {}).items()}
+            fields = _fields.decode(file.read(size))
+        metadata = _metadata.decode(fields.pop("__metadata__", b"{}"))
+        placed = sorted(((name, _field.decode(raw)) for name, raw in fields.items()), key=lambda item: item[1].extent)
         tensors, expected = {}, 0
-        for name, field in sorted(fields.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = field["dtype"], tuple(field["shape"]), field["data_offsets"]
-            if start != expected or stop - start != nbytes(dtype, shape) or min(shape, default=0) < 0:
+        for name, field in placed:
+            start, stop = field.extent
+            if start != expected or stop - start != nbytes(field.dtype, field.shape):
                 raise ValueError(f"{name} does not fit its place")
-            tensors[name] = Tensor(dtype, shape, 8 + size + start, stop - start)
+            tensors[name] = Tensor(field.dtype, field.shape, 8 + size + start, stop - start)
             expected = stop
-        if 8 + size + expected != path.stat().st_size:
-            raise ValueError(f"{path.stat().st_size} bytes where the header says {8 + size + expected}")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        if size + expected != n_bytes:
+            raise ValueError(f"{n_bytes + 8} bytes where the header says {8 + size + expected}")
+    except (ValueError, struct.error, RecursionError) as error:
         raise CorruptFile(f"{path.name} is not a whole safetensors file: {error}") from None
     return tensors, metadata
 
@@ -253,15 +275,26 @@ class CallFile:
             self.tokens: Tokens = msgspec.json.decode(metadata["tokens"], type=Tokens)
             self.sequences = msgspec.json.decode(metadata["sequences"], type=list[Sequence])
             self.call = metadata["call"]
-            self._rows = tensors["rows"]
-            self.position, self.token_id, self.choice = (
-                read_tensor(path, tensors[name]) for name in ("position", "token_id", "choice")
-            )
+            self._rows, *index = (tensors[name] for name in ("rows", *INDEX))
             n_rows, n_points, self.hidden_size = self._rows.shape
-        except (KeyError, ValueError, msgspec.MsgspecError) as error:
-            raise CorruptFile(f"{path.name} is not a call file: {error}") from None
-        if n_points != len(self.points) or any(len(a) != n_rows for a in (self.position, self.token_id, self.choice)):
-            raise CorruptFile(f"{path.name} is not a call file: {n_rows} rows of {n_points} points do not match")
+        except (KeyError, ValueError, RecursionError) as error:
+            raise CorruptFile(f"{path.name} is not a call file: {error!r}") from None
+        if self.dtype not in DTYPE_CODES.values() or n_points != len(self.points):
+            raise CorruptFile(f"{path.name} is not a call file: {n_points} points of {self.dtype} do not match")
+        if any((tensor.dtype, tensor.shape) != ("I32", (n_rows,)) for tensor in index):
+            raise CorruptFile(f"{path.name} is not a call file: its index is not of {n_rows} rows")
+        self.position, self.token_id, self.choice = (read_tensor(path, tensor) for tensor in index)
+        self._check()
+
+    def _check(self) -> None:
+        """CorruptFile unless every row is at a place that its sequence can have."""
+        stops = {s.choice: len(s.prompt_token_ids) + len(s.completion_token_ids) + AHEAD for s in self.sequences}
+        n_placed = sum(
+            np.count_nonzero((self.choice == choice) & (self.position >= 0) & (self.position < stop))
+            for choice, stop in stops.items()
+        )
+        if len(stops) != len(self.sequences) or n_placed != self.n_rows:
+            raise CorruptFile(f"{self.path.name} is not a call file: it has rows that belong to no sequence of it")
 
     @property
     def dtype(self) -> str:

@@ -20,9 +20,11 @@ from episodes.errors import BadInput, TautapError
 from episodes.layout import Layout
 from episodes.records import Role
 from episodes.wire import Tokens
-from proxy.config import Config
+from proxy.config import TLS, Config, Limits, Timeouts
 from proxy.flags import parse, split_url
+from proxy.keys import API_KEYS, Keys, api_keys, backend_key, loopback
 
+SECONDS = click.FloatRange(0, min_open=True)
 WORKER = [sys.executable, "-m", "worker"]
 
 
@@ -51,8 +53,16 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of those who talk to a worker that somebody else started."""
     for option in reversed(
         [
-            click.option("--backend", required=True, metavar="URL", help="The worker, such as http://127.0.0.1:8001."),
-            click.option("--backend-key", envvar="TAUTAP_BACKEND_KEY", help="Bearer key towards the worker."),
+            click.option(
+                "--backend", required=True, metavar="URL", help="The worker: http://127.0.0.1:8001, or unix:PATH."
+            ),
+            click.option(
+                "--backend-key-file",
+                "backend_key",
+                type=click.Path(path_type=Path),
+                callback=lambda _, __, file: backend_key(file, os.environ),
+                help="Bearer key towards the worker.  [default: TAUTAP_BACKEND_KEY in the environment]",
+            ),
             click.option(
                 "--spool-dir",
                 type=click.Path(path_type=Path),
@@ -71,8 +81,17 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
         [
             click.option("--data", type=click.Path(path_type=Path), default=Path("data"), help="Directory of runs."),
             click.option("--run", default=None, help="Run to record into.  [default: run-<date>-<time>]"),
-            click.option("--host", default="127.0.0.1", help="Address to listen on."),
+            click.option("--host", default="127.0.0.1", help="Address to listen on; beyond loopback only with keys."),
             click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Port to listen on."),
+            click.option(
+                "--api-key-file",
+                "keys",
+                type=click.Path(path_type=Path),
+                callback=lambda _, __, file: api_keys(file, os.environ),
+                help="Clients' bearer keys, lines of a name and a key.  [default: TAUTAP_API_KEYS in the environment]",
+            ),
+            click.option("--tls-cert", type=click.Path(path_type=Path), help="Serve HTTPS: certificate, in PEM."),
+            click.option("--tls-key", type=click.Path(path_type=Path), help="Serve HTTPS: the certificate's key."),
             click.option("--alias", multiple=True, metavar="NAME=SERVED", help="Serve model SERVED under NAME too."),
             click.option(
                 "--capture",
@@ -85,6 +104,21 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--backfill", is_flag=True, help="Before sealing an episode, run again what calls lack rows of."
+            ),
+            *(
+                click.option(f"--{name}-timeout-s", default=default, type=SECONDS, help=f"Wait so long for {what}.")
+                for name, default, what in (
+                    ("connect", Timeouts.connect_s, "a connection to the worker"),
+                    ("first-byte", Timeouts.first_byte_s, "the first byte of its reply"),
+                    ("idle", Timeouts.idle_s, "the next byte of a reply or request"),
+                    ("total", Timeouts.total_s, "the whole reply"),
+                )
+            ),
+            click.option(
+                "--max-body-bytes", default=Limits.body_bytes, type=click.IntRange(1), help="Of a request, unpacked."
+            ),
+            click.option(
+                "--max-in-flight", default=Limits.in_flight, type=click.IntRange(1), help="Requests at the same time."
             ),
             click.option(
                 "--durability",
@@ -162,7 +196,8 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
     from proxy.up import greet, run_stack
 
     config = settle(f"http://127.0.0.1:{worker_port}", options)
-    sys.exit(asyncio_run(run_stack(config, _worker(worker_arguments, worker_port), partial(greet, config))))
+    worker = _worker(worker_arguments, worker_port)
+    sys.exit(asyncio_run(run_stack(config, worker, os.environ, partial(greet, config))))
 
 
 def _worker(arguments: tuple[str, ...], port: int) -> list[str]:
@@ -221,12 +256,14 @@ def bench(
         _refuse_stack(ctx, arguments)
         base_url, run = split_url(base_url)
         options["run"] = options["run"] or run
+    elif options["keys"] and key == "none":
+        key = next(iter(options["keys"].values()))
     config = settle(f"http://127.0.0.1:{port}", options)
     benchmark = Benchmark.at(tau_bench, python, sys.executable)
     evals = plan(flags, matrix, config, benchmark, own=not base_url)
     running = Bench(benchmark, evals, at_once, key, dict(os.environ))
-    job = partial(running.run, base_url or f"http://{config.host}:{config.port}")
-    doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), job)
+    job = partial(running.run, base_url or config.url)
+    doing = attend(job) if base_url else run_stack(config, _worker(arguments, port), os.environ, job)
     sys.exit(asyncio_run(doing) or int(running.failed))  # Ctrl-C may come before the job begins
 
 
@@ -252,7 +289,31 @@ def settle(backend: str, options: dict[str, Any]) -> Config:
         aliases[name] = served
     capture = dict(_captured(pair) for pair in options.pop("capture"))
     run = options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S")
-    return Config(backend=backend, aliases=aliases, capture=capture, run=run, **options)
+    keys = Keys(options.pop("keys"))
+    if not (keys or loopback(options["host"])):
+        raise BadInput(
+            f"--host {options['host']}: without keys only this machine is served: set --api-key-file or {API_KEYS}"
+        )
+    timeouts = Timeouts(*(options.pop(f"{name}_timeout_s") for name in ("connect", "first_byte", "idle", "total")))
+    return Config(
+        backend=backend,
+        aliases=aliases,
+        capture=capture,
+        run=run,
+        keys=keys,
+        tls=_tls(options.pop("tls_cert"), options.pop("tls_key")),
+        timeouts=timeouts,
+        limits=Limits(options.pop("max_body_bytes"), options.pop("max_in_flight")),
+        **options,
+    )
+
+
+def _tls(cert: Path | None, key: Path | None) -> TLS | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise BadInput("--tls-cert and --tls-key: give both, or neither to serve plain HTTP")
+    return TLS(cert, key)
 
 
 def _captured(pair: str) -> tuple[Role, Tokens | Literal["none"]]:
@@ -272,7 +333,7 @@ async def _proxy(config: Config) -> None:
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
     if ready.is_set():
-        click.echo(f"tautap: http://{config.host}:{config.port}/v1 → {config.backend}, run {config.data / config.run}")
+        click.echo(f"tautap: {config.url}/v1 → {config.backend}, run {config.data / config.run}")
     waiting.cancel()
     await serving
 

@@ -19,6 +19,7 @@ from aiohttp import web
 from episodes.errors import BadInput, BadName, BenchFailed
 from episodes.tables import Totals
 from episodes.taubench import parse_results
+from proxy import bodies
 from proxy.recorder import Recorder, Recording
 
 T = TypeVar("T")
@@ -100,7 +101,7 @@ async def _seal(request: web.Request) -> web.Response:
 
 async def _link(request: web.Request) -> web.Response:
     query = request.query
-    results = await asyncio.to_thread(parse_results, await request.read(), query.get("name", "results"))
+    results = await asyncio.to_thread(parse_results, await bodies.read(request), query.get("name", "results"))
     found, n_new = await _recording(request).link(results, query.get("env"), query.get("split"))
     silent = [f"task {result.task_id}, trial {result.trial}" for result in found.results]
     return _json(Joined(len(found.links), n_new, silent, found.episodes))

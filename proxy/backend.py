@@ -10,7 +10,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from episodes.errors import CaptureLost
+from episodes.errors import CaptureLost, WorkerFailed
 from episodes.handover import Recipe, take
 from episodes.messages import JSON
 from episodes.records import Model
@@ -48,7 +48,8 @@ class Backend:
     """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
 
     def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
-        self.url = config.backend.rstrip("/")
+        # A socket has no host name, but every request names one.
+        self.url = "http://worker" if config.backend.startswith("unix:") else config.backend.rstrip("/")
         self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
         self._session = session
         self._timeout_s = config.claim_timeout_s
@@ -58,13 +59,17 @@ class Backend:
         self.model: Model | None = None
 
     async def capabilities(self) -> Model | None:
-        """What the worker records; None while it cannot be reached and for a backend that is not ours."""
+        """What the worker records; None while it cannot be reached and for a backend that is not ours. WorkerFailed if
+        it does not know us: it would record nothing, and say so to every client.
+        """
         if self.model is None and not self._foreign:
             try:
                 async with self._session.get(f"{self.url}/v1/capabilities", headers=self.headers) as reply:
                     body = await reply.read()
             except (aiohttp.ClientError, TimeoutError):
                 return None
+            if reply.status in (401, 403):
+                raise WorkerFailed(f"the worker refuses the proxy's key (HTTP {reply.status}): give --backend-key-file")
             try:
                 self.model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
             except msgspec.MsgspecError:

@@ -9,15 +9,46 @@ from typing import Literal
 
 from episodes.records import Role
 from episodes.wire import Tokens
+from proxy.keys import Keys
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait for the worker, in seconds: for a connection, for a reply's first byte, for its next, and for
+    all of it. Clients commonly wait 600 s and try again: what gives up before they do would make them lose a reply.
+    """
+
+    connect_s: float = 10.0
+    first_byte_s: float = 900.0
+    idle_s: float = 900.0
+    total_s: float = 3600.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """body_bytes: of a request, also unpacked. in_flight: requests that clients wait for."""
+
+    body_bytes: int = 64 << 20
+    in_flight: int = 1024
+
+
+@dataclass(frozen=True)
+class TLS:
+    """Files in PEM's form: the certificate with its chain, and its key."""
+
+    cert: Path
+    key: Path
 
 
 @dataclass(frozen=True)
 class Config:
-    """backend: the worker's base URL, without `/v1`. run: the run of calls that name none.
+    """backend: the worker's base URL, without `/v1`, or `unix:` and a socket's path. run: the run of calls that name
+    none.
 
+    keys: of clients. backend_key: bearer token for the worker.
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     backfill: run again what an episode's calls lack, before it is sealed.
-    aliases: model names that clients send → names that the worker serves. backend_key: bearer token for the worker.
+    aliases: model names that clients send → names that the worker serves.
     min_free_bytes: while the data's disk has less, new calls wait, `room_wait_s` at most.
     durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`).
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
@@ -30,7 +61,11 @@ class Config:
     port: int = 8000
     episode_idle_s: float = 300.0
     aliases: Mapping[str, str] = field(default_factory=dict)
-    backend_key: str | None = None
+    keys: Keys = field(default_factory=Keys)
+    backend_key: str | None = field(default=None, repr=False)
+    tls: TLS | None = None
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
     compression: Literal["zstd", "none"] = "zstd"
     spool_dir: Path | None = None
     backfill: bool = False
@@ -39,3 +74,8 @@ class Config:
     room_wait_s: float = 10.0
     durability: Literal["async", "sync"] = "async"
     capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find the proxy."""
+        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"

@@ -4,6 +4,7 @@
 /runs/<run>/v1/…           the same, recorded into that run
 /episodes/<id>/v1/…        the same, as calls of that episode (so does a header `X-Episode-Id: <id>`)
 /tautap/runs/<run>         `proxy.admin`
+/openapi.json              `proxy.openapi`
 /health/live /health/ready
 """
 
@@ -12,116 +13,66 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import ssl
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncIterator
 
-import aiohttp
 import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, BadRun, NotStored
+from episodes.errors import BadInput, NotStored, NoWorker, WorkerFailed
+from episodes.events import Events, Transcript
 from episodes.layout import check_name
 from episodes.messages import JSON
-from episodes.records import Call, Role
-from episodes.threads import Place
+from episodes.records import Role
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
-from proxy import admin
+from proxy import admin, bodies, openapi
 from proxy.backend import Backend
-from proxy.config import Config
+from proxy.config import TLS, Config
+from proxy.exchange import Exchange
+from proxy.keys import CLIENT, guard
+from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
+from proxy.refusals import in_openai_shape, refusal, status
+from proxy.upstream import REQUEST_HEADERS, Reply, Upstream, passed, session
 
-BODY_LIMIT = 256 << 20
-PATH = re.compile(r"(?:/runs/(?P<run>[^/]+))?(?:/episodes/(?P<episode>[^/]+))?(?P<path>/v1(?:/.*)?)")
-REQUEST_HEADERS = ("Content-Type", "Accept", "User-Agent")
-REPLY_HEADERS = re.compile(r"content-type|retry-after|cache-control|x-request-id|openai-.*|x-ratelimit-.*", re.I)
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+ID = web.RequestKey("id", str)
 GONE = "the client left before the end of the reply"
 # litellm prices a reply by this; without it tau-bench's act and react agents fail on a model without a price.
 OUR_REPLY_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
 
 
-@dataclass
-class Exchange:
-    """A generation call while it runs, for the record. Times are unix seconds.
-
-    refused: the worker ran nothing of it.
-    """
-
-    id: str
-    endpoint: str
-    place: Place
-    role: Role
-    named: bool
-    fields: JSON | None
-    body: bytes
-    capture: Capture | None
-    started: float = field(default_factory=time.time)
-    first_byte: float | None = None
-    status: int = 0
-    reply: JSON | None = None
-    error: str | None = None
-    foreign: JSON = field(default_factory=dict)
-    told: bool = False
-    refused: bool = False
-    recorded: bool = False
-
-    @property
-    def claimable(self) -> bool:
-        """Whether the worker may have activations of it: not of what it never got or refused to run."""
-        return self.capture is not None and not self.refused
-
-    def call(self) -> Call:
-        return Call(
-            id=self.id,
-            thread=self.place.thread,
-            episode=self.place.episode,
-            turn=self.place.turn,
-            attempt=self.place.attempt,
-            kind=self.place.kind,
-            role=self.role,
-            named=self.named,
-            endpoint=self.endpoint,
-            model=str((self.reply or {}).get("model") or (self.fields or {}).get("model") or ""),
-            started=self.started,
-            first_byte=self.first_byte,
-            ended=time.time(),
-            status=self.status,
-            finish_reason=messages.finish_reason(self.reply or {}),
-            error=self.error,
-            request=self.body.decode("utf-8", "replace"),
-            reply=msgspec.json.encode(self.reply).decode() if self.reply is not None else "",
-            points=list(self.capture.points or ()) if self.capture else [],
-            tokens=self.capture.tokens if self.capture else "all",
-        )
-
-
 class Proxy:
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._session: aiohttp.ClientSession
         self._backend: Backend
+        self._upstream: Upstream
         self._recorder: Recorder
+        self._in_flight = 0
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=BODY_LIMIT, middlewares=[_in_openai_shape])
+        guards = [guard(self._config.keys)] if self._config.keys else []
+        app = web.Application(
+            client_max_size=self._config.limits.body_bytes, middlewares=[_identified, in_openai_shape, *guards]
+        )
+        app.on_response_prepare.append(_sign)
         app.cleanup_ctx.append(self._run)
         app.router.add_get("/health/live", self._live)
         app.router.add_get("/health/ready", self._ready)
+        app.router.add_get("/openapi.json", openapi.answer)
         app.add_routes(admin.routes())
         app.router.add_route("*", "/{path:.*}", self._handle)
         return app
 
-    async def _run(self, app: web.Application) -> Any:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
-        # vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
-        async with aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False) as session:
-            self._session = session
-            self._backend = Backend(self._config, session)
+    async def _run(self, app: web.Application) -> AsyncIterator[None]:
+        async with session(self._config) as connections:
+            self._backend = Backend(self._config, connections)
+            self._upstream = Upstream(self._backend, connections, self._config.timeouts)
             self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend)
             try:
                 await self._recorder.start()
@@ -139,72 +90,88 @@ class Proxy:
         )
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        match = PATH.fullmatch(request.path)
-        path = match["path"] if match else ""
-        if match is None or path.startswith("/v1/activations"):
-            return _error(404, f"{request.path} is not served here: the API is under /v1", "not_found")
-        if request.method == "POST" and path in GENERATION_PATHS:
-            episode = match["episode"] or request.headers.get("X-Episode-Id")
-            return await self._generate(request, path, match["run"], episode)
-        return await self._forward(request, path)
-
-    async def _forward(self, request: web.Request, path: str) -> web.StreamResponse:
-        """Pass a request that is not recorded through, the reply chunk by chunk."""
-        body = await request.read()
-        url = self._url(request, path)
+        """Pass a request on to the worker, if it is one of its API's and there is room for one more."""
+        asked = target(request.path)
+        if asked is None:
+            return refusal(404, f"{request.path[:200]} is not served here: the API is under /v1", "not_found")
+        if request.method not in METHODS:
+            raise web.HTTPMethodNotAllowed(request.method[:40], METHODS)
+        if self._in_flight >= self._config.limits.in_flight:
+            message = f"{self._in_flight} requests are in flight, which is all that are taken (--max-in-flight)"
+            return refusal(429, message, "rate_limit_exceeded", {"Retry-After": "1"})
+        self._in_flight += 1
         try:
-            async with self._session.request(
-                request.method, url, data=body, headers=self._headers(request)
+            if request.method == "POST" and asked.path in GENERATION_PATHS:
+                return await self._generate(request, asked)
+            return await self._forward(request, asked)
+        finally:
+            self._in_flight -= 1
+
+    async def _forward(self, request: web.Request, asked: Target) -> web.StreamResponse:
+        """Pass a request that is not recorded through, the reply chunk by chunk."""
+        body = await bodies.read(request, self._config.timeouts.idle_s)
+        headers = passed(request.headers, REQUEST_HEADERS)
+        reply = web.StreamResponse()
+        try:
+            async with self._upstream.ask(
+                request.method, asked.path, request.rel_url.raw_query_string, headers, body
             ) as upstream:
-                reply = web.StreamResponse(status=upstream.status, headers=_reply_headers(upstream))
+                reply = _answer(upstream)
                 reply.content_length = upstream.content_length
                 await reply.prepare(request)
-                async for chunk in upstream.content.iter_any():
+                async for chunk in upstream.chunks():
                     await reply.write(chunk)
                 await reply.write_eof()
-                return reply
-        except aiohttp.ClientConnectorError as error:
-            return _error(502, f"the worker cannot be reached: {error.strerror or error}", "worker_unreachable")
+        except WorkerFailed:
+            if not reply.prepared:
+                raise
+            _break_off(request)
+        return reply
 
-    async def _generate(
-        self, request: web.Request, path: str, run: str | None, episode: str | None
-    ) -> web.StreamResponse:
+    async def _generate(self, request: web.Request, asked: Target) -> web.StreamResponse:
         """Pass a generation call through and hand it to the recorder, whatever becomes of it."""
+        episode = asked.episode or request.headers.get("X-Episode-Id")
         if episode is not None:
             check_name("episode", episode)
-        recording = await self._recorder.run(run)
+        recording = await self._recorder.run(asked.run)
         await recording.room()
-        body = await request.read()
-        fields = messages.parse_object(body)
-        call = f"c-{uuid.uuid4().hex[:16]}"
-        headers = self._headers(request) | {"X-Request-Id": call}
-        sent, capture = body, None
-        said = messages.chat(fields)
-        part = recording.part(said)
-        if fields is not None:
-            capture = self._capture(call, recording.salt, fields, part.role)
-            sent = self._translated(fields, body)
-        if capture is not None:
-            headers[CAPTURE_HEADER] = capture.header()
-        place = recording.place(call, said, part, episode, _retried(request))
-        asked = Exchange(call, path, place, part.role, episode is not None, fields, body, capture)
-        recording.begin(asked.call())
+        body = await bodies.read(request, self._config.timeouts.idle_s)
+        exchange = self._begin(request, asked.path, body, episode, recording)
+        recording.begin(exchange.call())
         try:
-            return await self._exchange(request, path, sent, headers, asked, recording)
+            return await self._exchange(request, exchange, recording)
         except asyncio.CancelledError:
-            asked.error = GONE
-            raise
-        except (aiohttp.ClientError, TimeoutError) as error:
-            asked.error = f"the worker failed: {error or type(error).__name__}"
-            asked.status = 502
-            asked.refused = isinstance(error, aiohttp.ClientConnectorError)
-            return _error(502, asked.error, "worker_failed")
-        except NotStored as error:
-            asked.error, asked.status = str(error), 503
+            exchange.error = GONE
             raise
         finally:
-            self._replied(asked, recording)
-            self._record(asked, recording)
+            self._replied(exchange, recording)
+            self._record(exchange, recording)
+
+    def _begin(
+        self, request: web.Request, path: str, body: bytes, episode: str | None, recording: Recording
+    ) -> Exchange:
+        """The call that this request is, placed in its conversation; BadInput if it cannot be read or recorded."""
+        fields = messages.parse_request(body)
+        call = f"c-{uuid.uuid4().hex[:16]}"
+        said = messages.chat(fields)
+        part = recording.part(said)
+        capture = None if fields is None else self._capture(call, recording.salt, fields, part.role)
+        request_id = request.get(ID, "")
+        if not request_id:
+            request[ID] = call
+        place = recording.place(call, said, part, episode, _retried(request))
+        return Exchange(
+            call,
+            request_id,
+            request.get(CLIENT, ""),
+            path,
+            place,
+            part.role,
+            episode is not None,
+            fields,
+            body,
+            capture,
+        )
 
     def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:
         """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
@@ -219,113 +186,115 @@ class Proxy:
         tokens = collect.tokens or (model.tokens if wanted == "none" else wanted)
         return Capture(call, salt, tuple(points), tokens)
 
-    def _translated(self, fields: JSON, body: bytes) -> bytes:
+    def _translated(self, fields: JSON | None, body: bytes) -> bytes:
         """The body as the worker should see it: the client's own bytes unless something in them is for us."""
-        changed = dict(fields)
+        changed = dict(fields or {})
         if self._backend.model is not None:
             changed.pop("collect_activations", None)
-        alias = self._config.aliases.get(str(fields.get("model")))
+        alias = self._config.aliases.get(str(changed.get("model")))
         if alias is not None:
             changed["model"] = alias
-        return body if changed == fields else msgspec.json.encode(changed)
+        return body if changed == (fields or {}) else msgspec.json.encode(changed)
 
-    async def _exchange(
-        self,
-        request: web.Request,
-        path: str,
-        body: bytes,
-        headers: Mapping[str, str],
-        asked: Exchange,
-        recording: Recording,
-    ) -> web.StreamResponse:
-        async with self._session.post(self._url(request, path), data=body, headers=headers) as upstream:
-            asked.first_byte = time.time()
-            asked.refused = upstream.status != 200
-            if upstream.content_type == "text/event-stream":
-                return await self._stream(request, upstream, asked, recording)
-            whole, asked.foreign = messages.without_activations(await upstream.read())
-            asked.status = upstream.status
-            asked.reply = messages.parse_object(whole)
-            await self._may_end(asked, recording)
-            return web.Response(status=upstream.status, body=whole, headers=_reply_headers(upstream))
+    async def _exchange(self, request: web.Request, exchange: Exchange, recording: Recording) -> web.StreamResponse:
+        headers = passed(request.headers, REQUEST_HEADERS) | {"X-Request-Id": exchange.id}
+        if exchange.capture is not None:
+            headers[CAPTURE_HEADER] = exchange.capture.header()
+        body = self._translated(exchange.fields, exchange.body)
+        reply = web.StreamResponse()
+        try:
+            async with self._upstream.ask(
+                "POST", exchange.endpoint, request.rel_url.raw_query_string, headers, body
+            ) as upstream:
+                exchange.first_byte = time.time()
+                exchange.refused = upstream.status != 200
+                if upstream.content_type == "text/event-stream":
+                    reply = _answer(upstream)
+                    await self._stream(request, reply, upstream, exchange, recording)
+                else:
+                    whole, exchange.foreign = messages.without_activations(await upstream.read())
+                    exchange.status = upstream.status
+                    exchange.reply = messages.parse_object(whole)
+                    await self._may_end(exchange, recording)
+                    reply = _answer(upstream, whole)
+        except ConnectionError:
+            exchange.error = GONE
+        except (WorkerFailed, NotStored) as error:
+            exchange.error = str(error)
+            exchange.refused = exchange.refused or isinstance(error, NoWorker)
+            if not reply.prepared:
+                exchange.status = status(error)
+                raise
+            _break_off(request)
+        return reply
 
     async def _stream(
-        self, request: web.Request, upstream: aiohttp.ClientResponse, asked: Exchange, recording: Recording
-    ) -> web.StreamResponse:
-        """Pass a stream on event by event, as each is complete, and keep what it spells out."""
-        reply = web.StreamResponse(status=upstream.status, headers=_reply_headers(upstream))
+        self,
+        request: web.Request,
+        reply: web.StreamResponse,
+        upstream: Reply,
+        exchange: Exchange,
+        recording: Recording,
+    ) -> None:
+        """Pass a stream on, each event as soon as it is complete, and keep what they spell out."""
         await reply.prepare(request)
-        asked.status = upstream.status
-        cutter = messages.Events()
-        seen: list[bytes] = []
+        exchange.status = upstream.status
+        cutter, transcript = Events(), Transcript()
         try:
-            async for chunk in upstream.content.iter_any():
-                for event in cutter.feed(chunk):
-                    kept, taken = messages.event_without_activations(event)
-                    asked.foreign |= taken
-                    seen.append(kept)
-                    if messages.event_data(kept) == b"[DONE]":
-                        # The client may send its next call on seeing this: its thread must be waiting by then.
-                        asked.reply = messages.assemble(seen)
-                        await self._may_end(asked, recording)
+            async for chunk in upstream.chunks():
+                kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
+                exchange.foreign = transcript.foreign
+                if transcript.done:
+                    # The client may send its next call on seeing this: its thread must be waiting by then.
+                    exchange.reply = transcript.reply()
+                    await self._may_end(exchange, recording)
+                if kept:
                     await reply.write(kept)
             if cutter.rest:
                 await reply.write(cutter.rest)
-            if asked.reply is None:
-                asked.reply = messages.assemble(seen)
-            await self._may_end(asked, recording)
+            if not transcript.done:
+                exchange.reply = transcript.reply()
+                await self._may_end(exchange, recording)
             await reply.write_eof()
-        except ConnectionError:  # on writing: aiohttp's errors of reading are not of this kind
-            asked.error = GONE
-        except (aiohttp.ClientError, TimeoutError) as error:
-            # Part of the reply is out: all that can be done is to break it off, so that no one takes it for whole.
-            asked.error = f"the worker failed: {error or type(error).__name__}"
-            if request.transport is not None:
-                request.transport.abort()
-        except NotStored as error:
-            asked.error = str(error)
-            if request.transport is not None:
-                request.transport.abort()
         finally:
-            if asked.reply is None:
-                asked.reply = messages.assemble(seen)
-        return reply
+            if exchange.reply is None:
+                exchange.reply = transcript.reply()
 
-    def _replied(self, asked: Exchange, recording: Recording) -> None:
+    def _replied(self, exchange: Exchange, recording: Recording) -> None:
         """Let the conversation go on from this reply, once; from none if the call failed."""
-        if asked.told:
+        if exchange.told:
             return
-        asked.told = True
-        good = asked.status == 200 and asked.error is None and asked.reply is not None
-        replies = messages.reply_messages(asked.reply) if good and asked.reply is not None else []
-        recording.replied(asked.place, replies)
+        exchange.told = True
+        reply = exchange.reply if exchange.status == 200 and exchange.error is None else None
+        recording.replied(exchange.place, [] if reply is None else messages.reply_messages(reply))
 
-    async def _may_end(self, asked: Exchange, recording: Recording) -> None:
+    async def _may_end(self, exchange: Exchange, recording: Recording) -> None:
         """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
-        self._replied(asked, recording)
+        self._replied(exchange, recording)
         if self._config.durability == "sync":
-            self._record(asked, recording)
-        await recording.may_end(asked.id)
+            self._record(exchange, recording)
+        await recording.may_end(exchange.id)
 
     @staticmethod
-    def _record(asked: Exchange, recording: Recording) -> None:
+    def _record(exchange: Exchange, recording: Recording) -> None:
         """Hand a call to the recorder, once."""
-        if not asked.recorded:
-            asked.recorded = True
-            recording.record(asked.call(), asked.claimable, asked.foreign)
-
-    def _headers(self, request: web.Request) -> dict[str, str]:
-        """What the worker gets to see of a client's headers: no credentials, no cookies."""
-        passed = {name: request.headers[name] for name in REQUEST_HEADERS if name in request.headers}
-        return passed | self._backend.headers | {"Accept-Encoding": "identity"}
-
-    def _url(self, request: web.Request, path: str) -> str:
-        return f"{self._backend.url}{path}{'?' + request.query_string if request.query_string else ''}"
+        if not exchange.recorded:
+            exchange.recorded = True
+            recording.record(exchange.call(), exchange.claimable, exchange.foreign)
 
 
-def _reply_headers(upstream: aiohttp.ClientResponse) -> dict[str, str]:
-    passed = {name: value for name, value in upstream.headers.items() if REPLY_HEADERS.fullmatch(name)}
-    return passed | OUR_REPLY_HEADERS
+def _answer(upstream: Reply, whole: bytes | None = None) -> web.StreamResponse:
+    """The reply to a client, as the worker's is; `whole` where it is sent in one piece."""
+    headers = upstream.headers | OUR_REPLY_HEADERS
+    if whole is None:
+        return web.StreamResponse(status=upstream.status, headers=headers)
+    return web.Response(status=upstream.status, headers=headers, body=whole)
+
+
+def _break_off(request: web.Request) -> None:
+    """End a reply of which part is out, so that nobody takes it for whole."""
+    if request.transport is not None:
+        request.transport.abort()
 
 
 def _retried(request: web.Request) -> bool | None:
@@ -335,24 +304,18 @@ def _retried(request: web.Request) -> bool | None:
 
 
 @web.middleware
-async def _in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give each of our errors its status."""
-    try:
-        return await handler(request)
-    except BadInput as error:
-        return _error(400, str(error), "invalid_request_error")
-    except NotStored as error:
-        return _error(503, str(error), "overloaded", {"Retry-After": "5"})
-    except BadRun as error:
-        return _error(409, str(error), "run_unusable")
-    except web.HTTPRequestEntityTooLarge:
-        return _error(413, f"the request body is larger than {BODY_LIMIT} bytes", "request_too_large")
+async def _identified(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Note the id that a client gave its request, if it is one that can be sent back."""
+    given = request.headers.get("X-Request-Id", "")
+    if REQUEST_ID.fullmatch(given):
+        request[ID] = given
+    return await handler(request)
 
 
-def _error(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> web.Response:
-    """An error in OpenAI's shape."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return web.json_response({"error": error}, status=status, headers=headers)
+async def _sign(request: web.Request, reply: web.StreamResponse) -> None:
+    """Every reply has its request's id, the call's if it came with none, and does not say what software we are."""
+    reply.headers["X-Request-Id"] = request.get(ID) or f"r-{uuid.uuid4().hex[:16]}"
+    reply.headers.pop("Server", None)
 
 
 def stopper() -> asyncio.Event:
@@ -366,19 +329,38 @@ def stopper() -> asyncio.Event:
 async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> None:
     """Serve until `stop` is set, then finish what is under way and seal; `ready` is set once clients can connect.
 
-    BadInput if the data directory cannot be written or the port is taken; BadRun if the run cannot be used.
+    BadInput if the data directory cannot be written, the port is taken or the certificate is none; BadRun if the run
+    cannot be used.
     """
-    runner = web.AppRunner(Proxy(config).app(), handler_cancellation=True, access_log=None, shutdown_timeout=60)
+    encryption = _encryption(config.tls)
+    runner = web.AppRunner(
+        Proxy(config).app(),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=60,
+        auto_decompress=False,  # `proxy.bodies` does it, within a limit
+    )
     try:
         try:
             await runner.setup()
         except OSError as error:
             raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None
         try:
-            await web.TCPSite(runner, config.host, config.port).start()
+            await web.TCPSite(runner, config.host, config.port, ssl_context=encryption).start()
         except OSError as error:
             raise BadInput(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
         ready.set()
         await stop.wait()
     finally:
         await runner.cleanup()
+
+
+def _encryption(tls: TLS | None) -> ssl.SSLContext | None:
+    if tls is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(tls.cert, tls.key)
+    except (OSError, ssl.SSLError) as error:
+        raise BadInput(f"--tls-cert {tls.cert}, --tls-key {tls.key}: {error}: give two files in PEM's form") from None
+    return context

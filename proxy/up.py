@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,14 @@ REPORT_S = 10.0
 Job = Callable[[asyncio.Event], Awaitable[int]]
 
 
-async def run_stack(config: Config, command: list[str], job: Job) -> int:
-    """Run both until the job is done; returns the exit code.
+async def run_stack(config: Config, command: list[str], environment: Mapping[str, str], job: Job) -> int:
+    """Run both until the job is done; returns the exit code. command: the worker's, with all its environment.
+
+    Only this proxy can talk to the worker: both get a key that nobody else knows.
 
     When a signal comes or the worker ends, the job is told, and may still use the proxy until it is done.
     """
+    config = replace(config, backend_key=secrets.token_urlsafe(32))
     stop = stopper()
     console = Console(stderr=True)
     log = config.data / config.run / "worker.log"
@@ -45,7 +50,12 @@ async def run_stack(config: Config, command: list[str], job: Job) -> int:
     with output:
         # A session of its own: Ctrl-C reaches us alone, and the worker lives until its last rows are claimed.
         worker = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            *command,
+            env={**environment, "VLLM_API_KEY": str(config.backend_key)},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     ended = asyncio.create_task(worker.wait())
     try:
@@ -109,11 +119,11 @@ async def _healthy(backend: str) -> bool:
 
 async def greet(config: Config, stop: asyncio.Event) -> int:
     """The job of `tautap up`: say where the proxy is, and wait."""
-    url = f"http://{config.host}:{config.port}/v1"
+    url, key = f"{config.url}/v1", "YOUR_KEY" if config.keys else "none"
     Console(stderr=True).print(
         f"[bold]{url}[/bold] is ready; recording into [bold]{config.data / config.run}[/bold]\n\n"
         "tau-bench, from its checkout:\n"
-        f"  OPENAI_BASE_URL={url} OPENAI_API_KEY=none python run.py --env retail --model MODEL \\\n"
+        f"  OPENAI_BASE_URL={url} OPENAI_API_KEY={key} python run.py --env retail --model MODEL \\\n"
         "    --model-provider openai --user-model MODEL --user-model-provider openai\n\n"
         "Ctrl-C stops and seals.",
         highlight=False,

@@ -156,7 +156,8 @@ class Stub:
         (it stops half way and nothing more comes), "silence" (nothing comes at all), "429", "500"
     """
 
-    def __init__(self, spool: Path, **engine: Any) -> None:
+    def __init__(self, spool: Path, api_key: str | None = None, **engine: Any) -> None:
+        """api_key: as vLLM's `--api-key`."""
         prepare(spool)
         self.engine = Engine(spool, **engine)
         self.faults: list[str] = []
@@ -173,6 +174,7 @@ class Stub:
         ]
         self.app = Starlette(routes=routes)
         self.app.state.engine_client = self.engine
+        self.app.state.args = SimpleNamespace(api_key=[api_key] if api_key else None)
 
     async def chat(self, request: Request) -> Response:
         return await self._serve(request, "chat.completion")
@@ -294,20 +296,30 @@ def _error(status: int, message: str) -> Response:
     return JSONResponse({"error": error}, status)
 
 
-def server(stub: Stub, captures: bool = True, port: int = 0) -> uvicorn.Server:
-    """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes."""
+def server(stub: Stub, captures: bool = True, port: int = 0, uds: Path | None = None) -> uvicorn.Server:
+    """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes. uds: a path
+    to listen at instead of a port.
+    """
     app = CaptureMiddleware(stub.app) if captures else stub.app
     # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
-    config = uvicorn.Config(_with_app(app, stub.app), port=port, log_level="critical", lifespan="on", ws="none")
+    config = uvicorn.Config(
+        _with_app(app, stub.app),
+        port=port,
+        uds=None if uds is None else str(uds),
+        log_level="critical",
+        lifespan="on",
+        ws="none",
+    )
     return uvicorn.Server(config)
 
 
 class Running:
-    """A stub on a port of its own, in a thread; `url` is its base."""
+    """A stub on a port of its own, in a thread; `url` is its base. uds: a path to listen at instead."""
 
-    def __init__(self, stub: Stub, captures: bool = True) -> None:
+    def __init__(self, stub: Stub, captures: bool = True, uds: Path | None = None) -> None:
         self.stub = stub
-        self._server = server(stub, captures)
+        self._uds = uds
+        self._server = server(stub, captures, uds=uds)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> Running:
@@ -316,8 +328,9 @@ class Running:
         while not self._server.started:
             assert time.monotonic() < deadline and self._thread.is_alive(), "the stub did not start"
             time.sleep(0.005)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        if self._uds is None:
+            port = self._server.servers[0].sockets[0].getsockname()[1]
+            self.url = f"http://127.0.0.1:{port}"
         return self
 
     def __exit__(self, *error: object) -> None:

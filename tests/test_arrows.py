@@ -23,6 +23,29 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+# What runs code that it reads.
+LOADERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "jsonpickle", "yaml"}
+CALLS = {"eval", "exec", "load", "loads", "read_pickle", "__import__"}
+# Of these `load` and `loads` are harmless.
+PLAIN = {"json", "tomllib"}
+
+
+def calls(path: Path) -> set[str]:
+    """The functions that a module calls by name: `f` or `module.f`."""
+    called = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return {ast.unparse(function) for function in called}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_nothing_that_is_read_is_run(package):
+    """No pickle and nothing like it: not from the network, not from disk."""
+    for module in sorted((ROOT / package).glob("*.py")):
+        assert not imports(module) & LOADERS, module.name
+        for called in calls(module):
+            owner, _, name = called.rpartition(".")
+            assert name not in CALLS or owner in PLAIN, f"{module.name}: {called}"
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_no_module_imports_against_the_arrows(package):
     """Not even inside a function."""

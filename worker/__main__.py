@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import ipaddress
 import json
 import os
 import re
@@ -19,7 +20,8 @@ MODEL, if given, comes first: a Hugging Face name or a local directory. Without 
 SmolLM2-135M-Instruct runs, which needs no GPU and no model hub.
 
 Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tensor-parallel-size,
---tool-call-parser, --api-key, …). The server listens on 127.0.0.1:8001 unless --host and --port say otherwise.
+--tool-call-parser, --uds, …). The server listens on 127.0.0.1:8001 unless --host and --port say otherwise; beyond
+loopback only with a key: --api-key-file, or VLLM_API_KEY in the environment.
 Prefix caching and chunked prefill stay on. The model runs eagerly: observers do not fire inside compiled graphs.
 """
 # What vLLM can do and the recorder cannot follow yet, by flag, unless it is set to 1.
@@ -68,6 +70,9 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     for flag, reason in REFUSED.items():
         if _value(vllm_args, flag) not in (None, "1"):
             raise BadInput(f"{flag}: {reason}")
+    if ours.api_key_file is not None:
+        env["VLLM_API_KEY"] = _key(Path(ours.api_key_file))
+    _check_listening(vllm_args, env)
     defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001"}
     if model is None and _value(vllm_args, "--model") is None:
         from worker import smollm
@@ -141,10 +146,40 @@ def _parser() -> argparse.ArgumentParser:
         "--edit", type=_located, default="", metavar="FILE:FUNCTION",
         help="run this nnsight block on every captured request: steering, ablation, a probe",
     )  # fmt: skip
+    parser.add_argument("--api-key-file", metavar="FILE", help="the key that every request but /health must bring")
     parser.add_argument("--spool-dir", metavar="DIR", help="where rows wait to be claimed (default: in /dev/shm)")
     parser.add_argument("--spool-bytes", type=_bytes, default=4 << 30, metavar="N", help="bound of the spool (4G)")
     parser.add_argument("--buffer-bytes", type=_bytes, default=1 << 30, metavar="N", help="rows in memory (1G)")
     return parser
+
+
+def _key(file: Path) -> str:
+    from episodes.errors import BadInput
+
+    try:
+        words = file.read_text().split()
+    except (OSError, UnicodeError) as error:
+        raise BadInput(f"--api-key-file {file} cannot be read: {error}") from None
+    if len(words) != 1:
+        raise BadInput(f"--api-key-file {file}: a key is one word, here are {len(words)}")
+    return words[0]
+
+
+def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
+    """BadInput for a server that others could reach without a key: whoever does reads every prompt's activations."""
+    from episodes.errors import BadInput
+
+    keyed = env.get("VLLM_API_KEY") or _values(vllm_args, "--api-key")
+    outside = [host for host in _values(vllm_args, "--host") if not _loopback(host)]
+    if outside and not keyed:
+        raise BadInput(f"--host {outside[0]}: beyond loopback a key is needed: give --api-key-file or set VLLM_API_KEY")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _located(text: str) -> str:
@@ -188,6 +223,11 @@ def _value(args: list[str], flag: str) -> str | None:
         if arg.startswith(f"{flag}="):
             return arg.partition("=")[2]
     return None
+
+
+def _values(args: list[str], flag: str) -> list[str]:
+    """All that a flag is set to: of several vLLM takes the last."""
+    return [found for i in range(len(args)) if (found := _value(args[i:], flag)) is not None]
 
 
 def _take(args: list[str], flag: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Ledger:
     def __init__(self, spool: Path) -> None:
         self.spool = spool
         self._calls: dict[str, Call] = {}
+        self._secret = uuid.uuid4().hex
         self._unwanted: list[Call] = []
 
     def open(self, call_id: str, points: list[str], tokens: wire.Tokens, salt: str = "") -> Call:
@@ -96,6 +98,10 @@ class Ledger:
         self._unwanted = [call for call in self._unwanted if not self._clear(call)]
         self._calls[call_id] = call = Call(call_id, points, tokens, salt)
         return call
+
+    def ticket(self, call_id: str) -> str:
+        """What marks a request as a captured call's: nothing that a client could have written into it."""
+        return f"{self._secret}/{call_id}"
 
     def close(self, call: Call) -> None:
         call.ended_at = time.monotonic()
@@ -197,8 +203,11 @@ class Ledger:
 
         def following(prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             extra_args = dict(getattr(sampling_params, "extra_args", None) or {})
-            call = self._calls.get(str(extra_args.pop(XARG, "")))
+            secret, _, call_id = str(extra_args.pop(XARG, "")).partition("/")
+            call = self._calls.get(call_id) if secret == self._secret else None
             if call is None:
+                if getattr(sampling_params, "extra_args", None):  # without what the engine would take for an order
+                    sampling_params.extra_args = extra_args
                 return generate(prompt, sampling_params, *args, **kwargs)
             lora = kwargs.get("lora_request")
             order = call.order(sampling_params.n, f"{lora.lora_name}@{lora.lora_path}" if lora else "")

@@ -2,15 +2,17 @@
 
 The middleware touches only generation requests that ask for a capture: it takes the asking out of the body, puts in
 the `cache_salt` that keeps captured and other prompts apart in the prefix cache, and follows the call in the ledger.
-The routes are added to vLLM's app as it starts, so vLLM's own `--api-key` guards them too.
+The routes are added to vLLM's app as it starts. Where there is an `--api-key`, every path but `/health` wants it here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import importlib.metadata
 import mmap
+import os
 import re
 import tempfile
 import uuid
@@ -26,6 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
 from episodes.handover import TOKEN, Recipe
+from episodes.messages import parse_request
 from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
@@ -52,10 +55,13 @@ class CaptureMiddleware:
         self._app = app
         self._ledger: Ledger
         self._about: About
+        self._keys: list[bytes] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._install(scope["app"])
+        elif not self._admitted(scope):
+            return await _refuse(scope, receive, send)
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
             await self._generation(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in ("/metrics", "/metrics/"):
@@ -64,6 +70,8 @@ class CaptureMiddleware:
             await self._app(scope, receive, send)
 
     def _install(self, app: Any) -> None:
+        given = app.state.args.api_key or [os.environ.get("VLLM_API_KEY")]
+        self._keys = [f"Bearer {key}".encode() for key in given if key]
         engine = app.state.engine_client
         self._about = About(engine.vllm_config)
         self._ledger = Ledger(Path(self._about.config.spool_dir))
@@ -77,6 +85,13 @@ class CaptureMiddleware:
         ):
             app.add_route(path, handler, methods=[method])
 
+    def _admitted(self, scope: Scope) -> bool:
+        """Whether a request has a key, where there are any. vLLM's own check leaves all but a few prefixes open."""
+        if not self._keys or scope["path"] == "/health":
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return any([hmac.compare_digest(given, key) for key in self._keys])  # a list: all of them, in the same time
+
     async def _generation(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
@@ -89,7 +104,7 @@ class CaptureMiddleware:
             return await self._app(scope, _replay(body, receive), send)
         capture, collect, fields = asked
         points = list(capture.points or self._about.config.points)
-        fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: capture.call}
+        fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: self._ledger.ticket(capture.call)}
         # What a call generates is cached and not recorded, and prompt in the next: `prompt` must compute all its own.
         alone = capture.call if capture.tokens == "prompt" else ""
         given = fields.get("cache_salt") or ""
@@ -117,9 +132,8 @@ class CaptureMiddleware:
         header = headers.get(CAPTURE_HEADER.lower())
         if header is None and b'"collect_activations"' not in body:
             return None
-        try:
-            fields = msgspec.json.decode(body, type=dict[str, Any])
-        except msgspec.MsgspecError:
+        fields = parse_request(body)
+        if fields is None:
             return None
         if not isinstance(fields.get("vllm_xargs") or {}, dict) or not isinstance(fields.get("cache_salt") or "", str):
             return None
@@ -287,6 +301,13 @@ class Routes:
         return Response(status_code=204)
 
 
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] == "websocket":
+        return await send({"type": "websocket.close", "code": 1008})
+    response = JSONResponse(_error("give the worker's key: Authorization: Bearer <key>", 401), 401)
+    await response(scope, receive, send)
+
+
 async def _read(receive: Receive) -> bytes:
     parts = []
     while True:
@@ -360,7 +381,7 @@ def _salt(*parts: str) -> str:
 
 
 def _error(message: str, code: int) -> dict[str, Any]:
-    kind = {400: "BadRequestError", 404: "NotFoundError", 410: "GoneError"}[code]
+    kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 410: "GoneError"}[code]
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 

@@ -1,7 +1,13 @@
 """The journal: what was appended is read back, and what was damaged is said to be."""
 
-import pytest
+import zlib
+from contextlib import suppress
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from episodes.errors import CorruptFile
 from episodes.journal import Broken, Journal, decode, encode, read
 from episodes.records import Call, Kept, Seal
 from episodes.wire import Sequence
@@ -52,3 +58,26 @@ def test_a_broken_line_does_not_hide_the_next(tmp_path):
 
 def test_no_journal_is_an_empty_one(tmp_path):
     assert list(read(tmp_path / "none")) == []
+
+
+@given(st.binary(max_size=200), st.booleans())
+def test_no_line_raises_anything_else(text, checked):
+    """Nor one whose checksum is right."""
+    line = (b"%08x " % zlib.crc32(text) if checked else b"") + text + b"\n"
+    with suppress(CorruptFile):
+        assert encode(decode(line))
+
+
+@pytest.mark.parametrize("text", [b'{"type":"call","x":' + b"[" * 5000 + b"]" * 5000 + b"}", b"9" * 5000])
+def test_a_line_that_a_parser_chokes_on_is_corrupt(text):
+    with pytest.raises(CorruptFile):
+        decode(b"%08x %s\n" % (zlib.crc32(text), text))
+
+
+@given(st.data())
+def test_no_damage_to_a_line_goes_unnoticed(data):
+    line = bytearray(encode(CALL))
+    at = data.draw(st.integers(0, len(line) - 1))
+    line[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(CorruptFile):
+        decode(bytes(line))

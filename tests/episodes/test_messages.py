@@ -3,74 +3,22 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from episodes.errors import BadInput
 from episodes.messages import (
-    Events,
-    assemble,
+    DEPTH_LIMIT,
     canonical,
-    event_data,
-    event_without_activations,
+    chat,
+    finish_reason,
+    media,
+    parse_object,
+    parse_request,
     prefix_digests,
     reply_messages,
     without_activations,
 )
-
-
-def chunk(delta, index=0, reason=None):
-    choice = {"index": index, "delta": delta, "finish_reason": reason}
-    return b"data: " + json.dumps({"id": "x", "model": "m", "choices": [choice]}).encode() + b"\n\n"
-
-
-STREAM = b"".join(
-    [
-        chunk({"role": "assistant", "content": ""}),
-        chunk({"content": "Grüße, "}),
-        b": a comment\r\n\r\n",
-        chunk({"content": "Welt"}, reason="stop"),
-        b"data: [DONE]\n\n",
-    ]
-)
-
-
-@pytest.mark.parametrize("cut", range(len(STREAM)))
-def test_events_survive_any_cut(cut):
-    """The same events come out wherever the network cuts the bytes, and no byte is lost."""
-    cutter = Events()
-    events = cutter.feed(STREAM[:cut]) + cutter.feed(STREAM[cut:])
-    assert events == Events().feed(STREAM)
-    assert len(events) == 5 and b"".join(events) + cutter.rest == STREAM
-
-
-def test_events_survive_byte_by_byte():
-    cutter = Events()
-    events = [event for i in range(len(STREAM)) for event in cutter.feed(STREAM[i : i + 1])]
-    assert b"".join(events) == STREAM and cutter.rest == b""
-
-
-def test_a_stream_is_assembled_into_the_reply_it_spells():
-    reply = assemble(Events().feed(STREAM))
-    assert reply_messages(reply) == [{"role": "assistant", "content": "Grüße, Welt"}]
-    assert reply["model"] == "m" and reply["choices"][0]["finish_reason"] == "stop"
-
-
-def test_streamed_tool_calls_are_put_together():
-    pieces = [
-        chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"name": "find", "arguments": ""}}]}),
-        chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"x":'}}]}),
-        chunk({"tool_calls": [{"index": 1, "id": "b", "function": {"name": "stop", "arguments": "{}"}}]}),
-        chunk({"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]}, reason="tool_calls"),
-    ]
-    (message,) = reply_messages(assemble(pieces))
-    assert [c["function"] for c in message["tool_calls"]] == [
-        {"name": "find", "arguments": '{"x":1}'},
-        {"name": "stop", "arguments": "{}"},
-    ]
-
-
-def test_choices_of_a_stream_are_kept_apart():
-    reply = assemble([chunk({"content": "a"}, 0), chunk({"content": "b"}, 1), chunk({"content": "c"}, 0)])
-    assert [m["content"] for m in reply_messages(reply)] == ["ac", "b"]
-
 
 DENSE = '{"b":[2],"a":1}'
 CALL = {"type": "function", "function": {"name": "find", "arguments": '{"a": 1, "b": [2]}'}}
@@ -129,8 +77,41 @@ def test_a_reply_without_them_keeps_its_bytes(data):
     assert without_activations(data) == (data, {})
 
 
-def test_activations_are_taken_out_of_an_event():
-    event = b'data: {"id":"x","activations":{"a":1}}\n\n'
-    kept, taken = event_without_activations(event)
-    assert json.loads(event_data(kept)) == {"id": "x"} and taken == {"activations": {"a": 1}}
-    assert event_without_activations(STREAM) == (STREAM, {})
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["messages", "role", "content", "tool_calls", "function", "arguments"]), inner
+        )
+    ),
+)
+
+
+@given(JSONS.map(json.dumps).map(str.encode) | st.binary())
+def test_no_request_raises_anything_but_bad_input(data):
+    """Whatever a client sends: parsed, its messages told apart, or said to be none."""
+    fields = parse_request(data)
+    assert fields is None or isinstance(fields, dict)
+    assert parse_object(data) == fields
+    if fields is not None:
+        media(fields)
+        assert list(prefix_digests(chat(fields) or [])) == list(prefix_digests(chat(fields) or []))
+        assert isinstance(reply_messages(fields), list)
+        finish_reason(fields)
+    without_activations(data)
+
+
+@pytest.mark.parametrize("n", [DEPTH_LIMIT, DEPTH_LIMIT + 1, 5000])
+def test_an_object_may_be_so_deep_and_no_deeper(n):
+    text = b'{"a":' + b"[" * (n - 1) + b"]" * (n - 1) + b"}"
+    if n <= DEPTH_LIMIT:
+        assert parse_request(text) == parse_object(text) is not None
+        return
+    assert parse_object(text) is None
+    with pytest.raises(BadInput, match=f"{DEPTH_LIMIT} deep"):
+        parse_request(text)
+
+
+def test_a_number_of_thousands_of_digits_is_no_object_of_ours():
+    assert parse_request(b'{"a":' + b"9" * 10_000 + b"}") is None

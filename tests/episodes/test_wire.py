@@ -1,5 +1,9 @@
 """The wire: the capture header, and call files made out of spool files."""
 
+import json
+import struct
+from contextlib import suppress
+
 import msgspec
 import numpy as np
 import pytest
@@ -12,7 +16,30 @@ from episodes.points import Points
 from episodes.wire import DTYPES, CallFile, Capture, Collect, Sequence, header, join, read_header
 from worker.spool import SpoolFile, spooled
 
+
+def file(tmp_path, fields, data=b"", size=None):
+    """A safetensors file with this header, true or not."""
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    path = tmp_path / "x"
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + data)
+    return path
+
+
+def field(dtype="F32", shape=(1,), start=0, stop=4):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
 POINTS = ["layers.1.output", "layers.3.output"]
+NAMES = ["call", "points", "tokens", "salt", "layers", "hook_points", "positions", "dtype", "shape", "data_offsets"]
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner),
+)
+COUNTS = st.integers(-1, 9) | st.integers()
+FIELDS = st.builds(
+    field, st.sampled_from(["F32", "BF16", "I32", "U8"]), st.lists(COUNTS, max_size=4), st.just(0) | COUNTS, COUNTS
+)
+HEADERS = st.dictionaries(st.text(), JSONS | FIELDS).map(json.dumps).map(str.encode)
 
 
 def test_a_capture_survives_its_header():
@@ -104,6 +131,112 @@ def test_no_damage_goes_unnoticed_or_raises_anything_else(tmp_path_factory, data
     except CorruptFile:
         return
     assert file.rows.shape == (file.n_rows, len(file.points), file.hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("fields", "n_bytes"),
+    [
+        ({"a": field(shape=[1 << 32, 1 << 32], stop=0)}, 0),  # 2**64 elements are none, in 64 bits
+        ({"a": field(shape=[1 << 62, 4, 1], stop=0)}, 0),
+        ({"a": field(shape=[-1, -1])}, 4),
+        ({"a": field(shape=[1.0])}, 4),
+        ({"a": field(shape=[True])}, 4),
+        ({"a": field(shape=[1, 1, 1, 1])}, 4),
+        ({"a": field("F64", stop=8)}, 8),
+        ({"a": field(stop=8)}, 8),
+        ({"a": field(), "b": field()}, 4),  # both in one place
+        ({"a": field(), "b": field(start=2, stop=6)}, 6),
+        ({"a": field(), "b": field(start=8, stop=12)}, 12),  # a gap
+        ({"a": field(start=4, stop=8)}, 8),
+        ({"a": field(stop=-4)}, 4),
+        ({"a": field()}, 5),
+        ({"a": field()}, 3),
+        ({"__metadata__": {"call": 3}}, 0),
+        ({"a": 3}, 0),
+        (b"[]", 0),
+        (b"{" * 10_000, 0),
+        (b'{"a":' * 5_000 + b"1" + b"}" * 5_000, 0),
+        (b"\xff", 0),
+    ],
+)
+def test_a_header_that_does_not_account_for_every_byte_once_is_refused(tmp_path, fields, n_bytes):
+    with pytest.raises(CorruptFile, match="x is not a whole safetensors file"):
+        read_header(file(tmp_path, fields, b"\0" * n_bytes))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 100, 1 << 40, (1 << 64) - 1])
+def test_a_header_of_another_length_than_it_says_is_refused(tmp_path, size):
+    with pytest.raises(CorruptFile):
+        read_header(file(tmp_path, {"a": field()}, b"\0" * 4, size))
+
+
+def call_file(tmp_path, **changes):
+    """A call file of two rows, with some of its parts replaced."""
+    parts = {
+        "rows": np.zeros((2, 1, 3), np.float32),
+        "position": np.array([0, 1], np.int32),
+        "token_id": np.array([5, 6], np.int32),
+        "choice": np.array([0, 0], np.int32),
+        "call": "c",
+        "points": '["layers.1.output"]',
+        "tokens": '"all"',
+        "sequences": '[{"choice":0,"prompt_token_ids":[5,6],"completion_token_ids":[7]}]',
+    } | changes
+    tensors = {name: part for name, part in parts.items() if isinstance(part, np.ndarray)}
+    path = tmp_path / "c"
+    safetensors.numpy.save_file(tensors, path, {name: part for name, part in parts.items() if isinstance(part, str)})
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position": np.array([0, -1], np.int32)},
+        {"position": np.array([0, 1 << 30], np.int32)},
+        {"position": np.array([0, 1], np.float32)},
+        {"position": np.array([[0, 1]], np.int32)},
+        {"token_id": np.array([5], np.int32)},
+        {"choice": np.array([0, 7], np.int32)},
+        {"rows": np.zeros((2, 2, 3), np.float32)},
+        {"rows": np.zeros((2, 3), np.float32)},
+        {"rows": np.zeros((2, 1, 3), np.int32)},
+        {"points": "[3]"},
+        {"tokens": '"some"'},
+        {"sequences": "[" * 10_000},
+        {"sequences": "[]"},
+        {"sequences": '[{"choice":0,"prompt_token_ids":[5,6],"completion_token_ids":[7]}]' * 2},
+        {"call": None},
+    ],
+)
+def test_a_call_file_that_contradicts_itself_is_refused(tmp_path, changes):
+    """One that does not is taken."""
+    assert CallFile(call_file(tmp_path)).n_rows == 2
+    with pytest.raises(CorruptFile, match="c is not a call file"):
+        CallFile(call_file(tmp_path, **changes))
+
+
+@given(
+    st.binary(max_size=300) | st.dictionaries(st.text(), JSONS | FIELDS).map(json.dumps).map(str.encode), st.binary()
+)
+def test_no_header_raises_anything_else(tmp_path_factory, header, data):
+    path = file(tmp_path_factory.getbasetemp(), header, data)
+    with suppress(CorruptFile):
+        tensors, _ = read_header(path)
+        assert 8 + len(header) + sum(tensor.nbytes for tensor in tensors.values()) == path.stat().st_size
+    with suppress(CorruptFile):
+        CallFile(path)
+
+
+@given(JSONS.map(json.dumps) | st.text())
+def test_no_capture_header_raises_anything_else(text):
+    with suppress(BadCapture):
+        assert Capture.parse(text).call is not None
+
+
+@given(JSONS)
+def test_no_collect_activations_raises_anything_else(value):
+    with suppress(BadCapture, UnknownPoint):
+        assert Collect.parse(value).points(POINTS, Points(6))
 
 
 def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path):

@@ -49,6 +49,8 @@ def test_it_serves_and_stops_both_and_seals(start, tmp_path):
     import openai
 
     converse(openai.OpenAI(base_url=f"{url}/v1", api_key="x"), "up", 2)
+    for path in ("/v1/activations", "/v1/models", "/metrics"):  # nobody but this proxy talks to the worker
+        assert httpx.get(f"http://127.0.0.1:{worker_port}{path}").status_code == 401
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0, output

@@ -150,3 +150,26 @@ def test_help_names_our_flags_and_says_where_the_others_go():
     command = [sys.executable, "-m", "proxy", "worker", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--hook-points" in done.stdout and "vLLM" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--host", "0.0.0.0"], ["--host=::"], ["--host", "127.0.0.1", "--host", "10.0.0.1"], ["--host", "box.lan"]],
+)
+def test_beyond_loopback_the_worker_listens_only_with_a_key(model, tmp_path, flags):
+    """A flag, a file or vLLM's own variable; a key from a file is on no command line."""
+    with pytest.raises(BadInput, match="--api-key-file or set VLLM_API_KEY"):
+        settled([model, *flags], tmp_path)
+    file = tmp_path / "key"
+    file.write_text("worker-key-0123456789\n")
+    command, env, _ = plan([model, *flags, "--api-key-file", str(file)], {})
+    assert env["VLLM_API_KEY"] == "worker-key-0123456789" and "worker-key-0123456789" not in " ".join(command)
+    assert plan([model, *flags], {"VLLM_API_KEY": "x"}) and plan([model, *flags, "--api-key", "x"], {})
+    with pytest.raises(BadInput, match="one word"):
+        plan([model, *flags, "--api-key-file", "/dev/null"], {})
+
+
+@pytest.mark.parametrize("flags", [[], ["--host", "localhost"], ["--host=127.0.0.1"], ["--uds", "/run/worker.sock"]])
+def test_on_loopback_or_a_socket_it_needs_none(model, tmp_path, flags):
+    command, _ = settled([model, *flags], tmp_path)
+    assert "0.0.0.0" not in command

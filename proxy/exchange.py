@@ -1,0 +1,74 @@
+"""A generation call while it runs, and what the journal gets of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import msgspec
+
+from episodes import messages
+from episodes.messages import JSON
+from episodes.records import Call, Role
+from episodes.threads import Place
+from episodes.wire import Capture
+
+
+@dataclass
+class Exchange:
+    """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
+
+    told: whether its conversation knows the reply. recorded: whether the recorder has it. refused: the
+    worker ran nothing of it.
+    """
+
+    id: str
+    request_id: str
+    client: str
+    endpoint: str
+    place: Place
+    role: Role
+    named: bool
+    fields: JSON | None
+    body: bytes
+    capture: Capture | None
+    started: float = field(default_factory=time.time)
+    first_byte: float | None = None
+    status: int = 0
+    reply: JSON | None = None
+    error: str | None = None
+    foreign: JSON = field(default_factory=dict)
+    told: bool = False
+    recorded: bool = False
+    refused: bool = False
+
+    @property
+    def claimable(self) -> bool:
+        """Whether the worker may have activations of it, also where the client got no reply."""
+        return self.capture is not None and not self.refused
+
+    def call(self) -> Call:
+        return Call(
+            id=self.id,
+            thread=self.place.thread,
+            episode=self.place.episode,
+            turn=self.place.turn,
+            attempt=self.place.attempt,
+            kind=self.place.kind,
+            role=self.role,
+            named=self.named,
+            endpoint=self.endpoint,
+            model=str((self.reply or {}).get("model") or (self.fields or {}).get("model") or ""),
+            started=self.started,
+            first_byte=self.first_byte,
+            ended=time.time(),
+            status=self.status,
+            finish_reason=messages.finish_reason(self.reply or {}),
+            error=self.error,
+            request=self.body.decode("utf-8", "replace"),
+            reply=msgspec.json.encode(self.reply).decode() if self.reply is not None else "",
+            points=list(self.capture.points or ()) if self.capture else [],
+            tokens=self.capture.tokens if self.capture else "all",
+            request_id=self.request_id,
+            client=self.client,
+        )

@@ -1,0 +1,117 @@
+"""What the proxy itself promises, as an OpenAPI document. Fields that it does not read are the worker's to judge: their
+schemas are open here, and what the worker thinks of them comes back as a 4xx.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+JSON = dict[str, Any]
+
+ERROR: JSON = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {"error": {"type": "object", "required": ["message", "type", "code"]}},
+}
+COMPLETION: JSON = {
+    "type": "object",
+    "required": ["choices"],
+    "properties": {"choices": {"type": "array", "items": {"type": "object", "required": ["index"]}}},
+}
+COLLECT: JSON = {
+    "oneOf": [
+        {"type": "boolean"},
+        {
+            "type": "object",
+            "properties": {
+                "layers": {"type": "array", "items": {"type": "integer"}},
+                "hook_points": {"type": "array", "items": {"type": "string"}},
+                "tokens": {"enum": ["all", "prompt", "completion", "last"]},
+            },
+        },
+    ]
+}
+NAME: JSON = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
+REFUSALS = {
+    "400": "something is wrong with the request",
+    "401": "no key, or none of the proxy's",
+    "404": "no such path, or no such model",
+    "405": "not with this method",
+    "409": "the run cannot be used",
+    "413": "the body is too large",
+    "415": "the body is packed in a way that is not known",
+    "429": "too many requests are in flight",
+    "502": "the worker cannot be reached or failed",
+    "503": "the recorder cannot keep up",
+    "504": "the worker took too long",
+}
+
+
+def document() -> JSON:
+    version = importlib.metadata.version("tautap")
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tautap", "version": version, "description": "The OpenAI API, recorded."},
+        "security": [{"bearer": []}],
+        "components": {
+            "schemas": {"Error": ERROR},
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+        "paths": {
+            "/v1/chat/completions": {"post": _generation("messages", {"type": "array", "items": {"type": "object"}})},
+            "/v1/completions": {"post": _generation("prompt", {"type": "string"})},
+            "/v1/models": {"get": _operation("the models that are served", {"type": "object", "required": ["data"]})},
+            "/tautap": {"get": _operation("the proxy", {"type": "object", "required": ["run", "aliases"]})},
+            "/tautap/runs/{run}": {
+                "parameters": [{"name": "run", "in": "path", "required": True, "schema": NAME}],
+                "get": _operation("what was recorded since the run was opened", _counts()),
+                "post": _operation("the same, and the run is open", _counts()),
+            },
+            "/health/live": {"get": _health("the proxy lives")},
+            "/health/ready": {"get": _health("the worker answers, too")},
+        },
+    }
+
+
+async def answer(request: web.Request) -> web.Response:
+    return web.Response(body=msgspec.json.encode(document()), content_type="application/json")
+
+
+def _generation(prompt: str, schema: JSON) -> JSON:
+    fields = {
+        "model": {"type": "string"},
+        prompt: schema,
+        "stream": {"type": "boolean"},
+        "collect_activations": COLLECT,
+    }
+    body = {"type": "object", "required": ["model", prompt], "properties": fields}
+    operation = _operation("a completion, or its events where `stream` is set", COMPLETION)
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    episode = {"name": "X-Episode-Id", "in": "header", "schema": NAME}
+    return operation | {
+        "parameters": [episode],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+    }
+
+
+def _operation(gives: str, schema: JSON) -> JSON:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    good = {"description": gives, "content": {"application/json": {"schema": schema}}}
+    return {
+        "responses": {"200": good} | {code: {"description": why, "content": error} for code, why in REFUSALS.items()}
+    }
+
+
+def _health(good: str) -> JSON:
+    content = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
+    responses = {"200": {"description": good, "content": content}, "503": {"description": "no", "content": content}}
+    return {"security": [], "responses": responses}
+
+
+def _counts() -> JSON:
+    names = ["calls", "tokens", "rows", "bytes"]
+    return {"type": "object", "required": names, "properties": {name: {"type": "integer"} for name in names}}

@@ -1,0 +1,50 @@
+"""What the proxy answers of its own when it does not pass a request on, in OpenAI's shape; each error's status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from episodes.errors import BadInput, BadRun, NotStored, WorkerFailed, WorkerTooSlow
+
+logger = logging.getLogger("tautap.proxy")
+
+KINDS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_encoding"}
+
+
+def refusal(status: int, message: str, kind: str, headers: Mapping[str, str] | None = None) -> web.Response:
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return web.json_response({"error": error}, status=status, headers=headers)
+
+
+def status(error: WorkerFailed | NotStored) -> int:
+    return 503 if isinstance(error, NotStored) else 504 if isinstance(error, WorkerTooSlow) else 502
+
+
+@web.middleware
+async def in_openai_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give each error its status. What nobody foresaw is logged, and not shown."""
+    try:
+        return await handler(request)
+    except BadInput as error:
+        return refusal(400, str(error), "invalid_request_error")
+    except BadRun as error:
+        return refusal(409, str(error), "run_unusable")
+    except NotStored as error:
+        return refusal(status(error), str(error), "overloaded", {"Retry-After": "5"})
+    except WorkerFailed as error:
+        return refusal(status(error), str(error), "worker_failed")
+    except web.HTTPRequestEntityTooLarge:
+        limit = f"the request body is larger than {request.client_max_size:,} bytes"
+        return refusal(413, limit, KINDS[413], {"Connection": "close"})
+    except web.HTTPException as error:
+        headers = {name: value for name, value in error.headers.items() if name in ("Allow", "Accept-Encoding")}
+        return refusal(
+            error.status, error.text or error.reason, KINDS.get(error.status, "invalid_request_error"), headers
+        )
+    except Exception:
+        logger.exception("%s %s failed", request.method, request.path)
+        return refusal(500, "the proxy failed; its log says why", "internal_error")

@@ -1,0 +1,41 @@
+"""The proxy keeps what its OpenAPI document promises, whatever is sent: schemathesis tries."""
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from proxy.openapi import document
+from tests.conftest import proxy_to
+from tests.stub import Running, Stub
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+schema = schemathesis.openapi.from_dict(document())
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    home = tmp_path_factory.mktemp("openapi")
+    with Running(Stub(home / "spool")) as stub, proxy_to(stub.url, home / "data") as proxy:
+        yield proxy.url
+
+
+def test_the_document_is_served_as_it_is(url):
+    assert httpx.get(f"{url}/openapi.json").json() == document()
+
+
+@schema.parametrize()
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_reply_is_one_that_was_promised(case, url):
+    case.call_and_validate(base_url=url, checks=CHECKS)
