@@ -11,7 +11,7 @@ TautapError
 │   ├── RunLocked        another process is writing it
 │   └── CorruptFile      bytes that are not what the format says
 ├── WorkerFailed         a worker that cannot be reached or broke off: HTTP answers 502
-│   ├── NoWorker         none that can be reached: nothing was sent
+│   ├── WorkerUnreachable  one that was sent nothing
 │   └── WorkerTooSlow    one that kept us waiting longer than it may: HTTP answers 504
 ├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
 ├── MissingRows          a reader asked for rows that were never stored
@@ -72,7 +72,7 @@ class WorkerFailed(TautapError):
     pass
 
 
-class NoWorker(WorkerFailed):
+class WorkerUnreachable(WorkerFailed):
     pass
 
 

@@ -18,8 +18,8 @@ from episodes.wire import Capture
 class Exchange:
     """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
 
-    told: whether its conversation knows the reply. recorded: whether the recorder has it. refused: the
-    worker ran nothing of it.
+    told: whether its conversation knows the reply. refused: whether the worker ran nothing of it. recorded: whether the
+    recorder has it.
     """
 
     id: str
@@ -39,12 +39,12 @@ class Exchange:
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
     told: bool = False
-    recorded: bool = False
     refused: bool = False
+    recorded: bool = False
 
     @property
     def claimable(self) -> bool:
-        """Whether the worker may have activations of it, also where the client got no reply."""
+        """Whether the worker may have activations of it: not of what it never got or refused to run."""
         return self.capture is not None and not self.refused
 
     def call(self) -> Call:

@@ -391,7 +391,7 @@ class Recorder:
         self._backend = backend
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
-        self._opening = asyncio.Lock()
+        self._opening: dict[str, asyncio.Task[None]] = {}
         self._sealing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -403,14 +403,20 @@ class Recorder:
         """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
         name = check_name("run", name or self.config.run)
         if name not in self._runs:
-            async with self._opening:
-                if name not in self._runs:
-                    layout = Layout(self.config.data / name)
-                    opened = await Recording.open(layout, self.config, self._backend, self._slots)
-                    self._runs[name] = opened
+            if name not in self._opening:
+                self._opening[name] = asyncio.create_task(self._open(name))
+            # Goes on without a client that leaves: a run that is half opened would be locked for good.
+            await asyncio.shield(self._opening[name])
         recording = self._runs[name]
         await recording.describe()
         return recording
+
+    async def _open(self, name: str) -> None:
+        try:
+            layout = Layout(self.config.data / name)
+            self._runs[name] = await Recording.open(layout, self.config, self._backend, self._slots)
+        finally:
+            del self._opening[name]
 
     def opened(self, name: str) -> Recording | None:
         """The run of that name if it is being written."""
@@ -428,5 +434,6 @@ class Recorder:
             self._sealing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sealing
+        await asyncio.gather(*self._opening.values(), return_exceptions=True)
         for recording in self._runs.values():
             await recording.close()

@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, NotStored, NoWorker, WorkerFailed
+from episodes.errors import BadInput, NotStored, WorkerFailed, WorkerUnreachable
 from episodes.events import Events, Transcript
 from episodes.layout import check_name
 from episodes.messages import JSON
@@ -221,7 +221,7 @@ class Proxy:
             exchange.error = GONE
         except (WorkerFailed, NotStored) as error:
             exchange.error = str(error)
-            exchange.refused = exchange.refused or isinstance(error, NoWorker)
+            exchange.refused |= isinstance(error, WorkerUnreachable)
             if not reply.prepared:
                 exchange.status = status(error)
                 raise

@@ -14,7 +14,7 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from episodes.errors import BadInput, NoWorker, WorkerFailed, WorkerTooSlow
+from episodes.errors import BadInput, WorkerFailed, WorkerTooSlow, WorkerUnreachable
 from proxy.backend import Backend
 from proxy.config import Config, Timeouts
 
@@ -135,11 +135,11 @@ class Upstream:
                 )
             except aiohttp.ClientConnectorError as error:  # so nothing was sent
                 if pause_s is None:
-                    raise NoWorker(f"the worker cannot be reached: {error.strerror or error}") from None
+                    raise WorkerUnreachable(f"the worker cannot be reached: {error.strerror or error}") from None
             except aiohttp.ConnectionTimeoutError:
                 limit_s = self._timeouts.connect_s
                 message = f"the worker cannot be reached: no connection within {limit_s:g} s (--connect-timeout-s)"
-                raise NoWorker(message) from None
+                raise WorkerUnreachable(message) from None
             except ConnectionError as error:
                 raise WorkerFailed(f"the worker failed: {error or type(error).__name__}") from None
             await asyncio.sleep(pause_s)

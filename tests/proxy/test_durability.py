@@ -76,10 +76,11 @@ def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, t
     """As after a proxy that died between the commit and the telling; other clients' calls are left alone."""
     with proxy_to(stub.url, tmp_path) as proxy:
         converse(proxy.client(), "talk", 1)
-    (recorded,) = proxy.open().history.calls
-    for call in (recorded, "somebody-elses"):
+    run = proxy.open()
+    (recorded,) = run.history.calls
+    for call, salt in ((recorded, f"{run.about.run}/{run.about.created!r}/before.0"), ("somebody-elses", "s")):
         body = {"model": MODEL, "messages": [user("Hi")]}
-        http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: Capture(call, "s").header()})
+        http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: Capture(call, salt).header()})
     assert waiting(stub, http) == {recorded, "somebody-elses"}
     with proxy_to(stub.url, tmp_path):
         until(lambda: waiting(stub, http) == {"somebody-elses"}, "the recorded call to be forgotten")

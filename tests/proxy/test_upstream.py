@@ -70,14 +70,15 @@ def scripted(worker, tmp_path):
         yield running
 
 
-def ask(proxy, **options):
+def ask(proxy, path="/v1/chat/completions", **options):
     """A request on a socket of its own, sent and not answered yet."""
     port = proxy.config.port
     out = socket.create_connection(("127.0.0.1", port))
     for name, value in options.items():
         out.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     body = json.dumps(BODY | {"stream": True}).encode()
-    out.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    start = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    out.sendall(start.encode() + body)
     return out
 
 
@@ -185,6 +186,16 @@ def test_the_worker_is_told_within_a_tenth_of_a_second_that_a_client_left(worker
         took.append(worker.gone_at - left)
     assert statistics.median(took) < 0.1, took
     assert {call.error for call in calls(scripted, 5)} == {GONE}
+
+
+def test_a_client_that_leaves_while_its_run_is_opened_leaves_it_to_others(scripted, http):
+    """The run is not locked by nobody."""
+    for n in range(10):
+        out, deadline = ask(scripted, path=f"/runs/run{n}/v1/chat/completions"), time.monotonic() + 10
+        while not (scripted.config.data / f"run{n}").exists():
+            assert time.monotonic() < deadline
+        out.close()
+        assert http.post(f"{scripted.url}/runs/run{n}/v1/chat/completions", json=BODY).status_code == 200
 
 
 # ---- waiting
