@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`; `make faults` takes an hour or so.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make faults` takes much longer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
