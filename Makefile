@@ -1,9 +1,9 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. `make faults` takes much longer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint setup
+.PHONY: demo test faults lint setup
 setup: $(VENV)/ready
 
 # vLLM's CPU build wants the CPU build of torch. torchvision and its kind come with it as CUDA builds that cannot load
@@ -27,6 +27,11 @@ $(VENV)/inspect/ready:
 
 test: setup $(VENV)/inspect/ready
 	$(BIN)/pytest
+
+# Every fault of tests/faults so many times, and a tally of what became of the calls; `make test` injects each once.
+TIMES ?= 50
+faults: setup
+	$(BIN)/pytest tests/faults --times $(TIMES)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -32,7 +32,7 @@ os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--times", type=int, default=2, help="how often each fault of tests/faults is injected")
+    parser.addoption("--times", type=int, default=1, help="how often each fault of tests/faults is injected")
 
 
 # Tests share two cores with whatever they start, so this is far above what disk or tensors on the loop would need.
