@@ -149,11 +149,13 @@ class Backend:
         return self._in_sight
 
     async def waiting(self) -> list[Held]:
-        """The calls whose activations the worker holds, anybody's; none if it does not say."""
+        """The calls whose activations the worker holds, anybody's; none, and a warning, if it does not say."""
         try:
             async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
+                reply.raise_for_status()
                 return msgspec.json.decode(await reply.read(), type=Waiting).data
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError):
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+            logger.warning("the worker does not say what it still holds: %s", error or type(error).__name__)
             return []
 
     async def forget(self, call: str) -> None:

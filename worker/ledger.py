@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -82,20 +83,26 @@ class Call:
 
 
 class Ledger:
-    """The captured calls of one API server, oldest first; the oldest ended one goes when there are too many."""
+    """The captured calls of one API server, oldest first; the oldest ended one goes when there are too many.
+
+    Calls are forgotten on threads beside the event loop, so nothing here walks a collection while it can change.
+    """
 
     def __init__(self, spool: Path) -> None:
         self.spool = spool
         self._calls: dict[str, Call] = {}
         self._secret = uuid.uuid4().hex
-        self._unwanted: list[Call] = []
+        self._unwanted: deque[Call] = deque()
 
     def open(self, call_id: str, points: list[str], tokens: wire.Tokens, salt: str = "") -> Call:
         if len(self._calls) >= CALL_LIMIT:
             oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
-        self._unwanted = [call for call in self._unwanted if not self._clear(call)]
+        for _ in range(len(self._unwanted)):
+            unwanted = self._unwanted.popleft()
+            if not self._clear(unwanted):
+                self._unwanted.append(unwanted)
         self._calls[call_id] = call = Call(call_id, points, tokens, salt)
         return call
 
@@ -186,13 +193,9 @@ class Ledger:
                 "call": call.id,
                 "salt": call.salt,
                 "state": "ended" if call.ended.is_set() else "running",
-                "bytes": sum(
-                    path.stat().st_size
-                    for choice in range(len(call.sequences))
-                    if (path := spooled(self.spool, call.id, choice)).exists()
-                ),
+                "bytes": sum(_size(spooled(self.spool, call.id, choice)) for choice in range(len(call.sequences))),
             }
-            for call in self._calls.values()
+            for call in list(self._calls.values())
         ]
 
     def follow(self, generate: Callable[..., AsyncGenerator[Any, None]]) -> Callable[..., AsyncGenerator[Any, None]]:
@@ -225,3 +228,11 @@ class Ledger:
             async for output in outputs:
                 call.note(first, output, delta)
                 yield output
+
+
+def _size(path: Path) -> int:
+    """0 for a file that is not there, or not any more."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,6 +1,7 @@
 """The ledger: what is waited for, what is given up, and that nothing is left in the spool."""
 
 import asyncio
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,3 +111,17 @@ def test_the_oldest_ended_call_makes_room(ledger, monkeypatch):
     ledger.close(ended)
     begin(ledger, "c")
     assert ledger.find("b") is None and ledger.find("a") is running and not spooled(ledger.spool, "b", 0).exists()
+
+
+def test_what_waits_is_told_while_calls_are_forgotten(ledger):
+    """On a thread beside the loop, as the worker does; not one listing fails of it."""
+    names = [f"c-{n}" for n in range(300)]
+    for name in names:
+        begin(ledger, name)
+        spool(ledger, name)
+    forgetting = threading.Thread(target=lambda: [ledger.forget(name) for name in names])
+    forgetting.start()
+    while listed := ledger.waiting():
+        assert {call["call"] for call in listed} <= set(names)
+    forgetting.join()
+    assert not list(ledger.spool.glob("*.safetensors"))
