@@ -104,9 +104,14 @@ class ProxyThread:
 
 
 @pytest.fixture(autouse=True)
-def event_loops_are_not_blocked(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """A proxy's loop that one callback holds for longer than `BLOCKED_S` fails the test."""
+def event_loops_are_not_blocked(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A proxy's loop that one callback holds for longer than `BLOCKED_S` fails the test.
+
+    Not beside an engine: there, transformers runs in the same process as the loop and takes Python's lock from it.
+    """
     yield
+    if request.node.get_closest_marker("engine"):
+        return
     slow = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio" and "took" in r.getMessage()]
     assert not slow, slow
 
