@@ -151,16 +151,23 @@ async def ready(session: aiohttp.ClientSession, url: str) -> None:
     sys.exit("the server did not start in 60 s")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="measured rounds of every way (%(default)s)")
+def parse(parser: argparse.ArgumentParser, serve: Callable[[int, dict[str, Path]], None]) -> argparse.Namespace:
+    """The command line, with the two directories to compare; in the process that `worker` starts, serve instead."""
     parser.add_argument("--data", type=Path, default=Path(), help="directory on the data's file system (%(default)s)")
-    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="where spools lie (%(default)s)")
+    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="directory in memory (%(default)s)")
     parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         pairs = (pair.split("=", 1) for pair in options.serve[1:])
-        return serve(int(options.serve[0]), {name: Path(path) for name, path in pairs})
+        serve(int(options.serve[0]), {name: Path(path) for name, path in pairs})
+        sys.exit()
+    return options
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds of every way (%(default)s)")
+    options = parse(parser, serve)
     with TemporaryDirectory(dir=options.data) as disk, TemporaryDirectory(dir=options.tmpfs) as tmpfs:
         spools = {"tmpfs": Path(tmpfs) / "spool", "disk": Path(disk) / "spool"}
         with worker(spools) as (server, url):

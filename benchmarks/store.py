@@ -36,7 +36,7 @@ from episodes.records import Call, Kept, Model, Seal
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.wire import Sequence
-from handover import fill, random_rows, ready, worker
+from handover import fill, parse, random_rows, ready, worker
 from proxy.backend import Backend
 from proxy.config import Config
 from worker.ledger import Ledger
@@ -216,13 +216,7 @@ def opening(layout: Layout, n_calls: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=100_000, help="of the long run (%(default)s)")
-    parser.add_argument("--data", type=Path, default=Path(), help="directory on a disk (%(default)s)")
-    parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="directory in memory (%(default)s)")
-    parser.add_argument("--serve", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve:
-        pairs = (pair.split("=", 1) for pair in options.serve[1:])
-        return serve(int(options.serve[0]), {name: Path(path) for name, path in pairs})
+    options = parse(parser, serve)
     with TemporaryDirectory(dir=options.data) as disk, TemporaryDirectory(dir=options.tmpfs) as tmpfs:
         data = {"disk": Path(disk), "tmpfs": Path(tmpfs)}
         print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")
