@@ -50,9 +50,17 @@ def cli() -> None:
     """
 
 
+def decorated(command: Callable[..., Any], options: list[Callable[..., Any]]) -> Callable[..., Any]:
+    """The command with these options, which its help shows in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of those who talk to a worker that somebody else started."""
-    for option in reversed(
+    return decorated(
+        command,
         [
             click.option(
                 "--backend", required=True, metavar="URL", help="The worker: http://127.0.0.1:8001, or unix:PATH."
@@ -70,15 +78,14 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 default=None,
                 help="The worker's --spool-dir, where it is shared but mounted at another path here.",
             ),
-        ]
-    ):
-        command = option(command)
-    return command
+        ],
+    )
 
 
 def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that `proxy` and `up` share."""
-    for option in reversed(
+    return decorated(
+        command,
         [
             click.option("--data", type=click.Path(path_type=Path), default=Path("data"), help="Directory of runs."),
             click.option("--run", default=None, help="Run to record into.  [default: run-<date>-<time>]"),
@@ -139,10 +146,8 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--log-format", default="text", type=click.Choice(["text", "json"]), help="JSON has a line per call."
             ),
-        ]
-    ):
-        command = option(command)
-    return command
+        ],
+    )
 
 
 @cli.command(context_settings={"show_default": True})
