@@ -96,7 +96,7 @@ class Ledger:
 
     def open(self, call_id: str, points: list[str], tokens: wire.Tokens, salt: str = "") -> Call:
         if len(self._calls) >= CALL_LIMIT:
-            oldest = next((c for c in self._calls.values() if c.ended.is_set()), None)
+            oldest = next((c for c in list(self._calls.values()) if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
         for _ in range(len(self._unwanted)):
