@@ -78,7 +78,7 @@ class RecordingRunner(GPUModelRunner):
         """
 
         def forward() -> Any:
-            return self._dummy_run(1, CUDAGraphMode.NONE)
+            return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE)
 
         if self.recorder is None or self.tap is None:
             forward()
