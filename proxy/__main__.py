@@ -16,6 +16,7 @@ import click
 from click.core import ParameterSource
 
 from episodes import commands
+from episodes.access import loopback
 from episodes.errors import BadInput, TautapError
 from episodes.layout import Layout
 from episodes.records import Role
@@ -23,7 +24,7 @@ from episodes.wire import Tokens
 from proxy import logs
 from proxy.config import TLS, Config, Limits, Timeouts
 from proxy.flags import parse, split_url
-from proxy.keys import API_KEYS, Keys, api_keys, backend_key, loopback
+from proxy.keys import API_KEYS, Keys, api_keys, backend_key
 
 SECONDS = click.FloatRange(0, min_open=True)
 WORKER = [sys.executable, "-m", "worker"]

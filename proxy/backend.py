@@ -15,6 +15,7 @@ from episodes.handover import Recipe, take
 from episodes.messages import JSON
 from episodes.records import Model
 from episodes.wire import CAPTURE_HEADER, Capture, Sequence
+from proxy.address import Address
 from proxy.config import Config
 
 logger = logging.getLogger("tautap.proxy")
@@ -49,8 +50,7 @@ class Backend:
     """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
 
     def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
-        # A socket has no host name, but every request names one.
-        self.url = "http://worker" if config.backend.startswith("unix:") else config.backend.rstrip("/")
+        self.url = Address.parse(config.backend).url
         self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
         self._session = session
         self._timeout_s = config.claim_timeout_s

@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
-
 from episodes.errors import BadInput, BadRun, TautapError
 from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
@@ -19,6 +17,7 @@ from episodes.records import Call
 from episodes.store import Store
 from episodes.taubench import DIALECT
 from episodes.wire import Capture
+from proxy.address import session
 from proxy.backend import Backend
 from proxy.config import Config
 
@@ -90,8 +89,8 @@ async def backfill(layout: Layout, config: Config) -> Filled:
     """
     if not layout.run.exists():
         raise BadRun(f"{layout.root} is not a run: it has no run.json")
-    async with aiohttp.ClientSession(auto_decompress=False) as session:
-        backend = Backend(config, session)
+    async with session(config) as connections:
+        backend = Backend(config, connections)
         model = await backend.capabilities()
         if model is None:
             raise BadInput(f"--backend {config.backend}: no worker of tautap's answers there")

@@ -19,8 +19,7 @@ from proxy.metrics import Watch
 class Exchange:
     """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
 
-    told: whether its conversation knows the reply. refused: whether the worker ran nothing of it. recorded: whether the
-    recorder has it.
+    refused: whether the worker ran nothing of it.
     """
 
     id: str
@@ -39,9 +38,7 @@ class Exchange:
     reply: JSON | None = None
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
-    told: bool = False
     refused: bool = False
-    recorded: bool = False
     watch: Watch = field(default_factory=Watch)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from episodes.access import key_in, text_of
 from episodes.errors import BadInput
 from proxy.refusals import refusal
 
@@ -81,7 +81,7 @@ def parse(lines: Iterable[str], source: str) -> dict[str, str]:
 def api_keys(file: Path | None, environment: Mapping[str, str]) -> dict[str, str]:
     """The keys of the proxy's clients: those of the file, else of `TAUTAP_API_KEYS`, where a comma ends a line too."""
     if file is not None:
-        return parse(_text(file).splitlines(), str(file))
+        return parse(text_of(file).splitlines(), str(file))
     given = environment.get(API_KEYS)
     return parse(given.replace(",", "\n").splitlines(), API_KEYS) if given else {}
 
@@ -90,25 +90,7 @@ def backend_key(file: Path | None, environment: Mapping[str, str]) -> str | None
     """The key towards the worker: the file's only word, else `TAUTAP_BACKEND_KEY`."""
     if file is None:
         return environment.get(BACKEND_KEY) or None
-    words = _text(file).split()
-    if len(words) != 1:
-        raise BadInput(f"{file}: a key towards the worker is one word, here are {len(words)}")
-    return words[0]
-
-
-def loopback(host: str) -> bool:
-    """Whether nobody outside this machine reaches what listens on `host`."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except (OSError, UnicodeError) as error:
-        raise BadInput(f"{file} cannot be read: {error}") from None
+    return key_in(file)
 
 
 def _digest(key: str) -> bytes:

@@ -52,7 +52,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._reasons: set[str] = set()
-        self._calls = self._counter("calls", "Generation calls; status 0: the client left first.", "role", "status")
+        self._calls = self._counter("calls", "Generation calls; status 0: broken off before one.", "role", "status")
         self._turns = self._counter("turns", "Turns of agents.")
         self._tokens = self._counter("tokens", "Tokens of recorded calls.", "kind")
         self._rows = self._counter("rows", "Positions of calls: stored, shared with an earlier call, missing.", "kind")

@@ -1,8 +1,9 @@
 """The recorder: what happens to a call after its reply, off the client's path.
 
 Claim its activations, write them, append the call to the journal (the commit), tell the worker to forget them; seal
-episodes that have been quiet, and everything at the end. Before its reply ends a call is noted as begun: what a proxy
-that died had not recorded, the next one claims. A disk that takes nothing keeps calls waiting, here and at the worker.
+episodes that have been quiet, and everything at the end. Before its reply ends a call is noted as begun
+(`proxy.notes`): what a proxy that died had not recorded, the next one claims. A disk that takes nothing keeps calls
+waiting, here and at the worker.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
 from proxy.metrics import Metrics
+from proxy.notes import Notes
 
 logger = logging.getLogger("tautap.proxy")
 
@@ -68,13 +70,7 @@ class Recording:
         self._backend = backend
         self._slots = slots
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
-        # Beside it, so that no reply waits for another call's rows or a seal; two, for a sync not to hold up the next.
-        self._notes = ThreadPoolExecutor(2, thread_name_prefix="tautap-begun")
-        self._news: list[tuple[Call, asyncio.Future[str | None]]] = []
-        self._noting: asyncio.Task[None] | None = None
-        self._unsynced = False
-        self._syncing: asyncio.Task[None] | None = None
-        self._begun: dict[str, asyncio.Future[str | None]] = {}
+        self._notes = Notes(store)
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
         self._family = f"{store.run.run}/{store.run.created!r}/"
         self._start = uuid.uuid4().hex[:8]
@@ -167,7 +163,8 @@ class Recording:
     @property
     def n_live(self) -> int:
         """Episodes with a call that no shard holds."""
-        return sum(bool(episode.calls) for episode in self._store.history.episodes.values())
+        # A list, for the disk's thread may add an episode meanwhile.
+        return sum(bool(episode.calls) for episode in list(self._store.history.episodes.values()))
 
     async def room(self) -> None:
         """Wait until one more call can be taken; NotStored, with the reason, if that is not soon."""
@@ -207,41 +204,15 @@ class Recording:
         self._settled.clear()
 
     def begin(self, call: Call) -> None:
-        """Note on disk that a call has begun, with whatever begins meanwhile."""
-        self._begun[call.id] = noted = asyncio.get_running_loop().create_future()
-        self._news.append((call, noted))
-        if self._noting is None or self._noting.done():
-            self._noting = asyncio.create_task(self._note())
-
-    async def _note(self) -> None:
-        while self._news:
-            news, self._news = self._news, []
-            reason = None
-            try:
-                await self._beside_disk(self._store.begin, [call for call, _ in news])
-            except OSError as error:
-                reason = f"the call could not be noted on disk: {error.strerror}"
-            for _, noted in news:
-                if not noted.done():
-                    noted.set_result(reason)
-            self._unsynced = True
-            if self._syncing is None or self._syncing.done():
-                self._syncing = asyncio.create_task(self._sync())
-
-    async def _sync(self) -> None:
-        while self._unsynced:
-            self._unsynced = False
-            try:
-                await self._beside_disk(self._store.sync_begun)
-            except OSError as error:
-                logger.warning("calls that have begun could not be synced: %s", error)
+        """Note on disk that a call has begun."""
+        self._notes.begin(call)
 
     async def may_end(self, call: str) -> None:
         """Wait until a call's reply may end: the call is known of on disk, and if it was given to `record`, it is
         recorded; NotStored, with the reason, if it cannot be.
         """
-        noted, recorded = self._begun.get(call), self._tasks.get(call)
-        reason = await asyncio.shield(noted) if noted else None
+        recorded = self._tasks.get(call)
+        reason = await self._notes.written(call)
         if reason is None and recorded is not None:
             reason = await asyncio.shield(recorded)
         if reason is not None:
@@ -263,8 +234,7 @@ class Recording:
         if added_s is not None:
             self._metrics.ended(call, added_s)
         try:
-            if noted := self._begun.pop(call.id, None):
-                await noted
+            await self._notes.written(call.id)
             call, rows = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
             logs.recorded(self._store.run.run, call, rows)
@@ -276,6 +246,7 @@ class Recording:
             self._n_lost += 1
             return f"the call could not be recorded: {error}"
         finally:
+            self._notes.drop(call.id)
             self._refused.pop(call.id, None)
             self._pending[call.thread] -= 1
             self._touched[call.thread] = time.monotonic()
@@ -452,15 +423,9 @@ class Recording:
             await self._on_disk(self._store.roll)
         except OSError:
             logger.exception("the index of %s could not be written", self._store.layout.root)
-        for task in (self._noting, self._syncing):
-            if task is not None:
-                await task
+        await self._notes.close()
         await self._on_disk(self._store.close)
         self._disk.shutdown()
-        self._notes.shutdown()
-
-    async def _beside_disk(self, work: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._notes, work, *args)
 
     async def _on_disk(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
@@ -524,6 +489,11 @@ class Recorder:
         """From now on there are `drain_s` for all that is under way; returns when they are over."""
         self._deadline = asyncio.get_running_loop().time() + self.config.drain_s
         return self._deadline
+
+    @property
+    def late(self) -> bool:
+        """Whether the time for draining is over."""
+        return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
 
     async def close(self) -> None:
         if self._sealing is not None:

@@ -11,41 +11,35 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import ssl
-import time
 import uuid
 from collections.abc import AsyncIterator
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from episodes import messages
-from episodes.errors import BadInput, NotStored, WorkerFailed, WorkerUnreachable
-from episodes.events import Events, Transcript
+from episodes.errors import BadInput, WorkerFailed
 from episodes.layout import check_name
 from episodes.messages import JSON
 from episodes.records import Role
-from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, Capture, Collect
+from episodes.wire import GENERATION_PATHS, Capture, Collect
 from proxy import admin, bodies, metrics, openapi
+from proxy.address import session
 from proxy.backend import Backend
 from proxy.config import TLS, Config
 from proxy.exchange import Exchange
+from proxy.generation import GONE, STOPPED, Generation
 from proxy.keys import CLIENT, guard
 from proxy.metrics import Metrics, Watch
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
-from proxy.refusals import in_openai_shape, refusal, status
-from proxy.upstream import REQUEST_HEADERS, Reply, Upstream, passed, session
+from proxy.refusals import in_openai_shape, refusal
+from proxy.replies import ID, answer, break_off, identified, sign
+from proxy.upstream import REQUEST_HEADERS, Upstream, passed
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-ID = web.RequestKey("id", str)
-GONE = "the client left before the end of the reply"
-# litellm prices a reply by this; without it tau-bench's act and react agents fail on a model without a price.
-OUR_REPLY_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
 
 
 class Proxy:
@@ -59,9 +53,9 @@ class Proxy:
     def app(self) -> web.Application:
         guards = [guard(self._config.keys)] if self._config.keys else []
         app = web.Application(
-            client_max_size=self._config.limits.body_bytes, middlewares=[_identified, in_openai_shape, *guards]
+            client_max_size=self._config.limits.body_bytes, middlewares=[identified, in_openai_shape, *guards]
         )
-        app.on_response_prepare.append(_sign)
+        app.on_response_prepare.append(sign)
         app.cleanup_ctx.append(self._run)
         app.on_shutdown.append(self._drain)
         app.router.add_get("/health/live", self._live)
@@ -123,7 +117,7 @@ class Proxy:
             async with self._upstream.ask(
                 request.method, asked.path, request.rel_url.raw_query_string, headers, body
             ) as upstream:
-                reply = _answer(upstream)
+                reply = answer(upstream)
                 reply.content_length = upstream.content_length
                 await reply.prepare(request)
                 async for chunk in upstream.chunks():
@@ -132,7 +126,7 @@ class Proxy:
         except WorkerFailed:
             if not reply.prepared:
                 raise
-            _break_off(request)
+            break_off(request)
         return reply
 
     async def _generate(self, request: web.Request, asked: Target) -> web.StreamResponse:
@@ -146,15 +140,14 @@ class Proxy:
         watch = Watch()
         exchange = self._begin(request, asked.path, body, episode, recording)
         exchange.watch = watch
-        recording.begin(exchange.call())
+        generation = Generation(request, exchange, recording, self._config.durability == "sync")
         try:
-            return await self._exchange(request, exchange, recording)
+            return await generation.run(self._upstream, self._translated(exchange.fields, body))
         except asyncio.CancelledError:
-            exchange.error = GONE
+            exchange.error = STOPPED if self._recorder.late else GONE
             raise
         finally:
-            self._replied(exchange, recording)
-            self._record(exchange, recording)
+            generation.over()
 
     def _begin(
         self, request: web.Request, path: str, body: bytes, episode: str | None, recording: Recording
@@ -205,129 +198,11 @@ class Proxy:
             changed["model"] = alias
         return body if changed == (fields or {}) else msgspec.json.encode(changed)
 
-    async def _exchange(self, request: web.Request, exchange: Exchange, recording: Recording) -> web.StreamResponse:
-        headers = passed(request.headers, REQUEST_HEADERS) | {"X-Request-Id": exchange.id}
-        if exchange.capture is not None:
-            headers[CAPTURE_HEADER] = exchange.capture.header()
-        body = self._translated(exchange.fields, exchange.body)
-        reply = web.StreamResponse()
-        exchange.watch.pause()
-        try:
-            async with self._upstream.ask(
-                "POST", exchange.endpoint, request.rel_url.raw_query_string, headers, body
-            ) as upstream:
-                exchange.first_byte = time.time()
-                exchange.refused = upstream.status != 200
-                if upstream.content_type == "text/event-stream":
-                    reply = _answer(upstream)
-                    await self._stream(request, reply, upstream, exchange, recording)
-                else:
-                    whole = await upstream.read()
-                    exchange.watch.go_on()
-                    whole, exchange.foreign = messages.without_activations(whole)
-                    exchange.status = upstream.status
-                    exchange.reply = messages.parse_object(whole)
-                    await self._may_end(exchange, recording)
-                    reply = _answer(upstream, whole)
-        except ConnectionError:
-            exchange.error = GONE
-        except (WorkerFailed, NotStored) as error:
-            exchange.error = str(error)
-            exchange.refused |= isinstance(error, WorkerUnreachable)
-            if not reply.prepared:
-                exchange.status = status(error)
-                raise
-            _break_off(request)
-        return reply
-
-    async def _stream(
-        self,
-        request: web.Request,
-        reply: web.StreamResponse,
-        upstream: Reply,
-        exchange: Exchange,
-        recording: Recording,
-    ) -> None:
-        """Pass a stream on, each event as soon as it is complete, and keep what they spell out."""
-        await reply.prepare(request)
-        exchange.status = upstream.status
-        cutter, transcript = Events(), Transcript()
-        try:
-            async for chunk in upstream.chunks():
-                kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
-                exchange.foreign = transcript.foreign
-                if transcript.done:
-                    # The client may send its next call on seeing this: its thread must be waiting by then.
-                    exchange.reply = transcript.reply()
-                    await self._may_end(exchange, recording)
-                if kept:
-                    await reply.write(kept)
-            if cutter.rest:
-                await reply.write(cutter.rest)
-            if not transcript.done:
-                exchange.reply = transcript.reply()
-                await self._may_end(exchange, recording)
-            await reply.write_eof()
-        finally:
-            if exchange.reply is None:
-                exchange.reply = transcript.reply()
-
-    def _replied(self, exchange: Exchange, recording: Recording) -> None:
-        """Let the conversation go on from this reply, once; from none if the call failed."""
-        if exchange.told:
-            return
-        exchange.told = True
-        reply = exchange.reply if exchange.status == 200 and exchange.error is None else None
-        recording.replied(exchange.place, [] if reply is None else messages.reply_messages(reply))
-
-    async def _may_end(self, exchange: Exchange, recording: Recording) -> None:
-        """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
-        self._replied(exchange, recording)
-        if self._config.durability == "sync":
-            self._record(exchange, recording)
-        await recording.may_end(exchange.id)
-
-    @staticmethod
-    def _record(exchange: Exchange, recording: Recording) -> None:
-        """Hand a call to the recorder, once."""
-        if not exchange.recorded:
-            exchange.recorded = True
-            recording.record(exchange.call(), exchange.claimable, exchange.foreign, exchange.watch.seconds)
-
-
-def _answer(upstream: Reply, whole: bytes | None = None) -> web.StreamResponse:
-    """The reply to a client, as the worker's is; `whole` where it is sent in one piece."""
-    headers = upstream.headers | OUR_REPLY_HEADERS
-    if whole is None:
-        return web.StreamResponse(status=upstream.status, headers=headers)
-    return web.Response(status=upstream.status, headers=headers, body=whole)
-
-
-def _break_off(request: web.Request) -> None:
-    """End a reply of which part is out, so that nobody takes it for whole."""
-    if request.transport is not None:
-        request.transport.abort()
-
 
 def _retried(request: web.Request) -> bool | None:
     """Whether the OpenAI SDK says that it sends a request again; None if it says nothing, as other clients do."""
     count = request.headers.get("x-stainless-retry-count")
     return None if count is None else count != "0"
-
-
-@web.middleware
-async def _identified(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Note the id that a client gave its request, if it is one that can be sent back."""
-    given = request.headers.get("X-Request-Id", "")
-    if REQUEST_ID.fullmatch(given):
-        request[ID] = given
-    return await handler(request)
-
-
-async def _sign(request: web.Request, reply: web.StreamResponse) -> None:
-    """Every reply has its request's id, the call's if it came with none, and does not say what software we are."""
-    reply.headers["X-Request-Id"] = request.get(ID) or f"r-{uuid.uuid4().hex[:16]}"
-    reply.headers.pop("Server", None)
 
 
 def stopper() -> asyncio.Event:
@@ -349,7 +224,7 @@ async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> No
         Proxy(config).app(),
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=config.drain_s,
+        shutdown_timeout=config.drain_s / 2,  # aiohttp waits so long twice
         auto_decompress=False,  # `proxy.bodies` does it, within a limit
     )
     try:

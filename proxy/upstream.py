@@ -14,9 +14,9 @@ import aiohttp
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from episodes.errors import BadInput, WorkerFailed, WorkerTooSlow, WorkerUnreachable
+from episodes.errors import WorkerFailed, WorkerTooSlow, WorkerUnreachable
 from proxy.backend import Backend
-from proxy.config import Config, Timeouts
+from proxy.config import Timeouts
 
 REQUEST_HEADERS = re.compile(r"content-type|accept|user-agent", re.I)
 REPLY_HEADERS = re.compile(
@@ -24,24 +24,8 @@ REPLY_HEADERS = re.compile(
 )
 # Pauses between attempts to connect.
 AGAIN_S = (0.1, 0.3)
-UNIX = "unix:"
 # Whoever has chunks of this size one after the other, and a client who takes them, would never let the others in.
 FAIR_BYTES = 16 << 10
-
-
-def session(config: Config) -> aiohttp.ClientSession:
-    """What the worker is spoken to through. It keeps no cookies: they would go from one client to the next."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect_s)
-    # vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
-    if config.backend.startswith(UNIX):
-        path = config.backend.removeprefix(UNIX).removeprefix("//")
-        connector: aiohttp.BaseConnector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=3)
-    elif config.backend.startswith(("http://", "https://")):
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
-    else:
-        raise BadInput(f"--backend {config.backend}: give a URL, such as http://127.0.0.1:8001, or unix:PATH")
-    jar = aiohttp.DummyCookieJar()
-    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=jar, auto_decompress=False)
 
 
 class Patience:

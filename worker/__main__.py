@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
-import ipaddress
 import json
 import os
 import re
@@ -78,6 +77,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     """The command to become, its environment, and the recorder's share of it; BadInput for what cannot be recorded."""
     import msgspec
 
+    from episodes.access import key_in
     from episodes.errors import BadInput
     from episodes.points import Points, default_layers, parse_custom
     from worker.orders import XARG, Config
@@ -92,7 +92,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         if (given := _value(vllm_args, flag)) not in PLAIN:
             raise BadInput(f"{flag} {given}: {reason}")
     if ours.api_key_file is not None:
-        env["VLLM_API_KEY"] = _key(Path(ours.api_key_file))
+        env["VLLM_API_KEY"] = key_in(Path(ours.api_key_file))
     _check_listening(vllm_args, env)
     defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001"}
     if model is None and _value(vllm_args, "--model") is None:
@@ -172,33 +172,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _key(file: Path) -> str:
-    from episodes.errors import BadInput
-
-    try:
-        words = file.read_text().split()
-    except (OSError, UnicodeError) as error:
-        raise BadInput(f"--api-key-file {file} cannot be read: {error}") from None
-    if len(words) != 1:
-        raise BadInput(f"--api-key-file {file}: a key is one word, here are {len(words)}")
-    return words[0]
-
-
 def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
     """BadInput for a server that others could reach without a key: whoever does reads every prompt's activations."""
+    from episodes.access import loopback
     from episodes.errors import BadInput
 
     keyed = env.get("VLLM_API_KEY") or _values(vllm_args, "--api-key")
-    outside = [host for host in _values(vllm_args, "--host") if not _loopback(host)]
+    outside = [host for host in _values(vllm_args, "--host") if not loopback(host)]
     if outside and not keyed:
         raise BadInput(f"--host {outside[0]}: beyond loopback a key is needed: give --api-key-file or set VLLM_API_KEY")
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _check_address(vllm_args: list[str]) -> None:

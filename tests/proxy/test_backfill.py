@@ -20,7 +20,7 @@ from proxy.backfill import backfill
 from proxy.config import Config
 from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_server import committed, converse, user
-from tests.stub import MODEL, POINTS, rows
+from tests.stub import MODEL, POINTS, Running, Stub, rows
 
 REASON = "the spool is full"
 
@@ -99,6 +99,15 @@ def test_every_choice_of_a_call_is_filled(stub, tmp_path):
     run = proxy.open()
     check_filled(run)
     assert len(fillers(run)) == 3
+
+
+def test_a_worker_on_a_socket_fills_too(tmp_path):
+    path = tmp_path / "worker.sock"
+    with Running(Stub(tmp_path / "spool"), uds=path) as worker:
+        with proxy_to(f"unix:{path}", tmp_path / "data") as proxy:
+            lose(worker.stub, proxy)
+        assert fill(proxy).left == {}
+    check_filled(proxy.open())
 
 
 @pytest.mark.parametrize("idle_s", [0.2, 300.0])

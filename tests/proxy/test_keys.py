@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from episodes.access import loopback
 from episodes.errors import BadInput, WorkerFailed
 from proxy.__main__ import cli
 from proxy.config import TLS
-from proxy.keys import Keys, api_keys, backend_key, loopback, parse
+from proxy.keys import Keys, api_keys, backend_key, parse
 from tests.conftest import proxy_to
 from tests.proxy.test_server import committed
 from tests.stub import MODEL, Running, Stub

@@ -2,11 +2,13 @@
 
 import math
 import threading
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.metrics import N_REASONS, OTHER, Metrics
+from proxy.recorder import Recording
 from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_server import committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
@@ -32,6 +34,21 @@ def read(text, name, **labels):
 @pytest.fixture
 def metered(http, proxy):
     return Metered(http, proxy)
+
+
+def test_episodes_are_counted_while_the_disks_thread_adds_one():
+    """Calls are committed on that thread, at any moment."""
+    episodes = {}
+
+    class Episode:
+        @property
+        def calls(self):
+            episodes[str(len(episodes))] = self
+            return ["a call"]
+
+    episodes["first"] = Episode()
+    recording = SimpleNamespace(_store=SimpleNamespace(history=SimpleNamespace(episodes=episodes)))
+    assert [Recording.n_live.fget(recording) for _ in range(3)] == [1, 2, 4]
 
 
 def test_calls_tokens_and_rows_are_counted_as_the_journal_has_them(proxy, metered):

@@ -18,7 +18,7 @@ from aiohttp.abc import AbstractResolver
 from episodes.errors import WorkerFailed
 from proxy.backend import Backend
 from proxy.config import Config, Limits, Timeouts
-from proxy.server import GONE
+from proxy.generation import GONE
 from proxy.upstream import Upstream
 from tests.conftest import proxy_to, until
 from tests.proxy.scripted import EVENT, REPLY, Scripted, chunk, good, head

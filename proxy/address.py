@@ -1,0 +1,44 @@
+"""Where a worker listens, and what it is spoken to through."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import aiohttp
+
+from episodes.errors import BadInput
+from proxy.config import Config
+
+UNIX = "unix:"
+# vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
+KEEPALIVE_S = 3.0
+
+
+class Address(NamedTuple):
+    """url: the base of its requests. socket: the path of the socket that it listens at, if it is no port."""
+
+    url: str
+    socket: str | None = None
+
+    @classmethod
+    def parse(cls, backend: str) -> Address:
+        """Out of `--backend`; BadInput if it is neither a URL nor `unix:` and a path."""
+        if backend.startswith(UNIX):
+            # A socket has no host name, but every request names one.
+            return cls("http://worker", backend.removeprefix(UNIX).removeprefix("//"))
+        if backend.startswith(("http://", "https://")):
+            return cls(backend.rstrip("/"))
+        raise BadInput(f"--backend {backend}: give a URL, such as http://127.0.0.1:8001, or unix:PATH")
+
+
+def session(config: Config) -> aiohttp.ClientSession:
+    """Connections to the worker. They keep no cookies: those would go from one client to the next."""
+    path = Address.parse(config.backend).socket
+    connector: aiohttp.BaseConnector
+    if path is None:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+    else:
+        connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect_s)
+    jar = aiohttp.DummyCookieJar()
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=jar, auto_decompress=False)

@@ -1,0 +1,126 @@
+"""A generation call under way: to the worker, back to the client as it comes, and to the recorder at its end."""
+
+from __future__ import annotations
+
+import time
+
+from aiohttp import web
+
+from episodes import messages
+from episodes.errors import NotStored, WorkerFailed, WorkerUnreachable
+from episodes.events import Events, Transcript
+from episodes.wire import CAPTURE_HEADER
+from proxy.exchange import Exchange
+from proxy.recorder import Recording
+from proxy.refusals import status
+from proxy.replies import answer, break_off
+from proxy.upstream import REQUEST_HEADERS, Reply, Upstream, passed
+
+GONE = "the client left before the end of the reply"
+STOPPED = "the proxy had to stop before the end of the reply"
+
+
+class Generation:
+    """One call. in_full: its reply ends only when all of it is recorded."""
+
+    def __init__(self, request: web.Request, exchange: Exchange, recording: Recording, in_full: bool) -> None:
+        self._request = request
+        self._exchange = exchange
+        self._recording = recording
+        self._in_full = in_full
+        self._told = False
+        self._recorded = False
+        self._reply = web.StreamResponse()
+
+    async def run(self, upstream: Upstream, body: bytes) -> web.StreamResponse:
+        """Have the worker answer, and the client have it; returns the reply. body: what the worker is sent."""
+        request, exchange = self._request, self._exchange
+        self._recording.begin(exchange.call())
+        headers = passed(request.headers, REQUEST_HEADERS) | {"X-Request-Id": exchange.id}
+        if exchange.capture is not None:
+            headers[CAPTURE_HEADER] = exchange.capture.header()
+        exchange.watch.pause()
+        try:
+            query = request.rel_url.raw_query_string
+            async with upstream.ask("POST", exchange.endpoint, query, headers, body) as reply:
+                exchange.first_byte = time.time()
+                exchange.refused = reply.status != 200
+                if reply.content_type == "text/event-stream":
+                    await self._stream(reply)
+                else:
+                    await self._whole(reply)
+        except ConnectionError:
+            exchange.error = GONE
+        except (WorkerFailed, NotStored) as error:
+            exchange.error = str(error)
+            exchange.refused |= isinstance(error, WorkerUnreachable)
+            if not self._reply.prepared:
+                exchange.status = status(error)
+                raise
+            break_off(request)
+        return self._reply
+
+    async def _whole(self, upstream: Reply) -> None:
+        exchange = self._exchange
+        whole = await upstream.read()
+        exchange.watch.go_on()
+        whole, exchange.foreign = messages.without_activations(whole)
+        exchange.status = upstream.status
+        exchange.reply = messages.parse_object(whole)
+        await self._may_end()
+        self._reply = answer(upstream, whole)
+
+    async def _stream(self, upstream: Reply) -> None:
+        """Pass a stream on, each event as soon as it is complete, and keep what they spell out."""
+        exchange = self._exchange
+        self._reply = reply = answer(upstream)
+        await reply.prepare(self._request)
+        exchange.status = upstream.status
+        cutter, transcript = Events(), Transcript()
+        try:
+            async for chunk in upstream.chunks():
+                kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
+                exchange.foreign = transcript.foreign
+                if transcript.done:
+                    # The client may send its next call on seeing this: its thread must be waiting by then.
+                    exchange.reply = transcript.reply()
+                    await self._may_end()
+                if kept:
+                    await reply.write(kept)
+            if cutter.rest:
+                await reply.write(cutter.rest)
+            if not transcript.done:
+                exchange.reply = transcript.reply()
+                await self._may_end()
+            await reply.write_eof()
+        finally:
+            if exchange.reply is None:
+                exchange.reply = transcript.reply()
+
+    async def _may_end(self) -> None:
+        """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
+        self._tell()
+        if self._in_full:
+            self._record()
+        await self._recording.may_end(self._exchange.id)
+
+    def over(self) -> None:
+        """The call is over, whatever became of it: hand it to the recorder."""
+        self._tell()
+        self._record()
+
+    def _tell(self) -> None:
+        """Let the conversation go on from this reply, once; from none if the call failed."""
+        if self._told:
+            return
+        self._told = True
+        exchange = self._exchange
+        reply = exchange.reply if exchange.status == 200 and exchange.error is None else None
+        self._recording.replied(exchange.place, [] if reply is None else messages.reply_messages(reply))
+
+    def _record(self) -> None:
+        """Hand the call to the recorder, once."""
+        if not self._recorded:
+            self._recorded = True
+            exchange = self._exchange
+            self._recording.record(exchange.call(), exchange.claimable, exchange.foreign, exchange.watch.seconds)

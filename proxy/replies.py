@@ -1,0 +1,45 @@
+"""Replies on their way to a client: the worker's own, with what the proxy adds to their headers."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from proxy.upstream import Reply
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+ID = web.RequestKey("id", str)
+# litellm prices a reply by this; without it tau-bench's act and react agents fail on a model without a price.
+OUR_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
+
+
+def answer(upstream: Reply, whole: bytes | None = None) -> web.StreamResponse:
+    """The reply to a client, as the worker's is; `whole` where it is sent in one piece."""
+    headers = upstream.headers | OUR_HEADERS
+    if whole is None:
+        return web.StreamResponse(status=upstream.status, headers=headers)
+    return web.Response(status=upstream.status, headers=headers, body=whole)
+
+
+def break_off(request: web.Request) -> None:
+    """End a reply of which part is out, so that nobody takes it for whole."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+@web.middleware
+async def identified(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Note the id that a client gave its request, if it is one that can be sent back."""
+    given = request.headers.get("X-Request-Id", "")
+    if REQUEST_ID.fullmatch(given):
+        request[ID] = given
+    return await handler(request)
+
+
+async def sign(request: web.Request, reply: web.StreamResponse) -> None:
+    """Every reply has its request's id, the call's if it came with none, and does not say what software we are."""
+    reply.headers["X-Request-Id"] = request.get(ID) or f"r-{uuid.uuid4().hex[:16]}"
+    reply.headers.pop("Server", None)
