@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from worker.__main__ import plan
+from worker.launch import SERVER
 
 HERE = Path(__file__).parent
 START_S = 600
@@ -31,12 +32,13 @@ def ours(flags: list[str]) -> Command:
 
 def spool(flags: list[str]) -> Path:
     """Where the worker with these flags keeps rows until they are claimed."""
-    return plan(list(flags), dict(os.environ))[2]
+    return Path(plan(list(flags), dict(os.environ))[2].spool_dir)
 
 
 def stock(flags: list[str], env: dict[str, str] | None = None) -> Command:
     """The command and environment of vLLM's own server with the worker's flags, and nothing of ours in it."""
     command, env, _ = plan(list(flags), dict(os.environ) if env is None else env)
+    command[2] = SERVER
     for flag in ("--worker-cls", "--middleware", "--additional-config"):
         at = command.index(flag)
         del command[at : at + 2]

@@ -6,12 +6,20 @@ A child that vLLM spawns does not import this module again: nothing but the comm
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.orders import Config
 
 USAGE = "tautap worker [MODEL] [--layers 8,12,16] [--hook-points output] [options] [any vLLM flag]"
 EPILOG = """\
@@ -23,15 +31,24 @@ Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tenso
 loopback only with a key: --api-key-file, or VLLM_API_KEY in the environment.
 Prefix caching and chunked prefill stay on. The model runs eagerly, unless --capture-source says otherwise.
 """
-# What vLLM can do and the recorder cannot follow yet, by flag, unless it is set to 1.
+# What vLLM can do and the recorder cannot, or was never seen to do, by flag, unless it is set to one of PLAIN.
+ONE_SERVER = "the activations of a call are known to one API server only: leave it out"
+REPLICAS = "start one worker for each replica, and give the proxy all of them: --backend URL --backend URL"
+STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
+PLAIN = (None, "1", "mp", "uni")
 REFUSED = {
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
-    "--pipeline-parallel-size": "each stage would see its own layers only: use --tensor-parallel-size",
-    "-pp": "each stage would see its own layers only: use --tensor-parallel-size",
-    "--data-parallel-size": "start one worker per replica",
-    "-dp": "start one worker per replica",
-    "--api-server-count": "the activations of a call are known to one API server only: leave it out",
-    "-asc": "the activations of a call are known to one API server only: leave it out",
+    "--pipeline-parallel-size": STAGES,
+    "-pp": STAGES,
+    "--prefill-context-parallel-size": "each rank would see its own tokens only: use --tensor-parallel-size",
+    "-pcp": "each rank would see its own tokens only: use --tensor-parallel-size",
+    "--distributed-executor-backend": "rows were never seen to come from other machines: give mp, or leave it out",
+    "--nnodes": "rows were never seen to come from other machines: leave it out",
+    "-n": "rows were never seen to come from other machines: leave it out",
+    **dict.fromkeys(("--data-parallel-size", "-dp", "--data-parallel-rank", "-dpn", "-dpr", "-dpl"), REPLICAS),
+    **dict.fromkeys(("--data-parallel-start-rank", "--data-parallel-size-local"), REPLICAS),
+    "--api-server-count": ONE_SERVER,
+    "-asc": ONE_SERVER,
 }
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -43,11 +60,12 @@ def main(argv: list[str] | None = None) -> None:
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command, env, spool = plan(arguments, dict(os.environ))
+        command, env, config = plan(arguments, dict(os.environ))
+        _check_address(command)
         try:
-            prepare(spool)
+            prepare(Path(config.spool_dir), config.spool_bytes)
         except OSError as error:
-            raise BadInput(f"--spool-dir: {spool} cannot be written: {error.strerror}") from None
+            raise BadInput(f"--spool-dir: {config.spool_dir} cannot be written: {error.strerror}") from None
     except BadInput as error:
         sys.exit(_complain(error, 2))
     except TautapError as error:
@@ -55,21 +73,24 @@ def main(argv: list[str] | None = None) -> None:
     os.execve(command[0], command, env)
 
 
-def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str], Path]:
-    """The command to become, its environment, and the spool's directory; BadInput for what cannot be recorded."""
+def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str], Config]:
+    """The command to become, its environment, and the recorder's share of it; BadInput for what cannot be recorded."""
+    import msgspec
+
     from episodes.access import key_in
     from episodes.errors import BadInput
     from episodes.points import Points, default_layers, parse_custom
+    from worker.orders import XARG, Config
 
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    ours, vllm_args = _parser().parse_known_args(arguments)
+    ours, vllm_args = _parser().parse_known_args(list(map(_dashed, arguments)))
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
         raise BadInput(
             "the worker needs vLLM and nnsight: install tautap with the extra [worker] (GPU) or [worker-cpu]"
         )
     for flag, reason in REFUSED.items():
-        if _value(vllm_args, flag) not in (None, "1"):
-            raise BadInput(f"{flag}: {reason}")
+        if (given := _value(vllm_args, flag)) not in PLAIN:
+            raise BadInput(f"{flag} {given}: {reason}")
     if ours.api_key_file is not None:
         env["VLLM_API_KEY"] = key_in(Path(ours.api_key_file))
     _check_listening(vllm_args, env)
@@ -94,21 +115,19 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     if ours.edit:
         _check_edit(ours.edit, ours.capture_source, vllm_args)
     # A directory of our own in the one that was given: whatever lies in it when a worker starts is cleared.
-    home = Path(ours.spool_dir) if ours.spool_dir else _spool_home()
-    spool = home / f"tautap-spool-{_value(vllm_args, '--port')}"
-    recorder = {
-        "spool_dir": str(spool),
-        "spool_bytes": ours.spool_bytes,
-        "buffer_bytes": ours.buffer_bytes,
-        "points": points,
-        "custom": offered.custom,
-        "tokens": ours.tokens,
-        "source": ours.capture_source,
-        "edit": ours.edit,
-    }
-    additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {"tautap": recorder}
+    home = Path(ours.spool_dir) if ours.spool_dir else _spool_home(ours.spool_bytes)
+    config = Config(
+        spool_dir=str(home / f"tautap-spool-{_value(vllm_args, '--port')}"),
+        spool_bytes=ours.spool_bytes,
+        buffer_bytes=ours.buffer_bytes,
+        points=points,
+        custom=offered.custom,
+        tokens=ours.tokens,
+        source=ours.capture_source,
+        edit=ours.edit,
+    )
+    additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {XARG: msgspec.to_builtins(config)}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
-    module = "vllm.entrypoints.openai.api_server"
     own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
     own += ["--additional-config", json.dumps(additional)]
     if ours.capture_source == "nnsight":
@@ -117,7 +136,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         # Not compiled, for observers are Python; a decode step is replayed whole, larger ones run eagerly.
         asked = json.loads(_take(vllm_args, "--compilation-config") or "{}")
         own += ["--compilation-config", json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY"} | asked | {"mode": 0})]
-    return [sys.executable, "-m", module, *vllm_args, *own], env, spool
+    return [sys.executable, "-m", "worker.launch", *vllm_args, *own], env, config
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,6 +186,26 @@ def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
     outside = [host for host in _values(vllm_args, "--host") if not loopback(host)]
     if outside and not keyed:
         raise BadInput(f"--host {outside[0]}: beyond loopback a key is needed: give --api-key-file or set VLLM_API_KEY")
+
+
+def _check_address(vllm_args: list[str]) -> None:
+    """BadInput where the server could not listen: found out before it loads a model."""
+    from episodes.errors import BadInput
+
+    uds = _value(vllm_args, "--uds")
+    if uds is not None:
+        if Path(uds).exists():
+            raise BadInput(f"--uds {uds} exists: stop the worker that listens there, or delete it")
+        return
+    host, port = _value(vllm_args, "--host"), _value(vllm_args, "--port")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+    except OSError as error:
+        advice = "give another --port" if error.errno == errno.EADDRINUSE else "give another --host or --port"
+        raise BadInput(f"cannot listen on {host}:{port}: {error.strerror or error}: {advice}") from None
 
 
 def _located(text: str) -> str:
@@ -228,14 +267,27 @@ def _take(args: list[str], flag: str) -> str | None:
     return value
 
 
+def _dashed(arg: str) -> str:
+    """A flag as it is documented: vLLM takes --max_model_len too."""
+    flag, equals, value = arg.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+
+
 def _n_layers(model: str, trust_remote_code: bool) -> int:
     """The model's depth, from its config.json where it is local (importing transformers takes seconds)."""
     from episodes.errors import BadInput
 
-    local = Path(model) / "config.json"
-    if local.is_file():
-        config = json.loads(local.read_text())
-        config = config.get("text_config", config)
+    home = Path(model)
+    if not home.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise BadInput(f"model {model}: there is no such directory")
+    if home.is_dir() and not (home / "config.json").is_file():
+        raise BadInput(f"model {model} has no config.json: give a directory as Hugging Face's tools save it")
+    if home.is_dir():
+        try:
+            config = json.loads((home / "config.json").read_text())
+            config = config.get("text_config", config)
+        except (OSError, ValueError, AttributeError) as error:
+            raise BadInput(f"model {model}: its config.json cannot be read: {error}") from None
         if isinstance(config.get("num_hidden_layers"), int):
             return int(config["num_hidden_layers"])
     from transformers import AutoConfig
@@ -247,9 +299,10 @@ def _n_layers(model: str, trust_remote_code: bool) -> int:
     return int(found.get_text_config().num_hidden_layers)
 
 
-def _spool_home() -> Path:
+def _spool_home(n_bytes: int) -> Path:
+    """Memory if it has room: in a container it often has none."""
     shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK) else Path("/tmp")
+    return shm if os.access(shm, os.W_OK) and shutil.disk_usage(shm).free >= n_bytes else Path(tempfile.gettempdir())
 
 
 def _complain(error: Exception, code: int) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -53,7 +53,7 @@ class RecordingRunner(GPUModelRunner):
         else:
             self.source = self.tap = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
             self.edit = Edit(config.edit, tap, model) if config.edit else None
-        if get_tensor_model_parallel_rank() != 0:
+        if get_tp_group().rank_in_group != 0:
             return  # the residual stream is the same on every rank: the first one records
         hidden, dtype = model_config.get_hidden_size(), model_config.dtype
         if config.source == "graphs":
@@ -74,17 +74,18 @@ class RecordingRunner(GPUModelRunner):
 
     def probe(self) -> None:
         """Refuse the model, by name, if its points are not what their names say, or the user's edit fails on a row.
-        Every rank takes part in the passes.
+        Every rank does the same, and comes to the same.
         """
+        split = get_tp_group().world_size > 1
 
         def forward() -> Any:
-            return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE)
+            # Attention too where ranks are compared: what it leaves in memory if it does not run is the same on all.
+            return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
 
-        if self.recorder is None or self.tap is None:
-            forward()
-        else:
+        if self.tap is not None:
+            points = msgspec.convert(self.vllm_config.additional_config[XARG], Config).points
             hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self.tap.probe(self.recorder.config.points, forward, 1, hidden, dtype)
+            self.tap.probe(points, forward, 1, hidden, dtype, by_rank if split else None)
         if self.edit is not None:
             self.source.run(None, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
 
@@ -123,6 +124,11 @@ class RecordingRunner(GPUModelRunner):
         """(request, first position, rows) in the order of the rows: the batch's, not the scheduler's."""
         computed = self.input_batch.num_computed_tokens_cpu
         return [(r, int(computed[i]), scheduled[r]) for i, r in enumerate(self.input_batch.req_ids)]
+
+
+def by_rank(value: torch.Tensor) -> torch.Tensor:
+    """What each tensor-parallel rank has: [ranks, *value's shape]. All ranks call this together."""
+    return get_tp_group().all_gather(value[None], dim=0)
 
 
 def refuse(request: str, reason: str) -> None:

@@ -6,6 +6,7 @@
     .token                          tells whoever can read it that this is the worker's spool (`episodes.handover`)
     .lock                           held by the worker
     .metrics                        what the recorder counts (`worker.metrics`)
+    .reason                         why the engine could not start (`worker.launch`)
 
 The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
 """
@@ -16,6 +17,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -116,10 +118,11 @@ def used_bytes(directory: Path) -> int:
     return total
 
 
-def prepare(directory: Path) -> None:
+def prepare(directory: Path, n_bytes: int = 0) -> None:
     """Make the directory this process's own and clear what a worker before it left: nobody can claim that any more.
 
-    The lock is held until the process ends, whatever it becomes by `exec`. BadInput if another worker holds it.
+    The lock is held until the process ends, whatever it becomes by `exec`. BadInput if another worker holds it, or if
+    n_bytes of rows would not fit.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
@@ -132,4 +135,7 @@ def prepare(directory: Path) -> None:
     for path in directory.iterdir():
         if path.suffix in (PART, WHOLE, FAILED):
             path.unlink()
+    free = shutil.disk_usage(directory).free
+    if free < n_bytes:
+        raise BadInput(f"{free:,} bytes are free in {directory}: give another --spool-dir, or fewer --spool-bytes")
     (directory / TOKEN).write_text(secrets.token_hex())

@@ -239,12 +239,21 @@ class Tap(Interleaver):
         return value
 
     def probe(
-        self, points: Iterable[str], forward: Callable[[], Any], n_rows: int, hidden: int, dtype: torch.dtype
+        self,
+        points: Iterable[str],
+        forward: Callable[[], Any],
+        n_rows: int,
+        hidden: int,
+        dtype: torch.dtype,
+        by_rank: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Run `forward`, a pass of n_rows, and check that the points hold what their names say.
 
-        Every value must be (n_rows, hidden); each block's input must be the output of the one before; and output must
-        be input + attn + mlp where attn or mlp are asked for. UnknownPoint, naming the family, where it is not so.
+        Every value must be (n_rows, hidden) and the same on all ranks; each block's input must be the output of the one
+        before; and output must be input + attn + mlp where attn or mlp are asked for. UnknownPoint, naming the family,
+        where it is not so.
+
+        by_rank: gives every rank's value, [ranks, n_rows, hidden], where a model is split over several
         """
         asked = list(points)
         chain = [f"layers.{n}.{side}" for n in range(len(self._blocks)) for side in ("input", "output")]
@@ -269,11 +278,20 @@ class Tap(Interleaver):
         for name in names:
             if name not in seen:
                 raise UnknownPoint(f"{name}: {self.family} does not run it")
+        if by_rank is not None:
+            self._check_whole({name: by_rank(seen[name]) for name in asked}, dtype)
         self._check_stream(seen, dtype)
 
     @staticmethod
     def _in_stream(points: list[str]) -> bool:
         return any(split(p).hook in ("input", "output", "attn", "mlp") or p == "embed.output" for p in points)
+
+    def _check_whole(self, ranks: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        for name, (first, *others) in ranks.items():
+            if not all(_same(other, first, TOLERANCE[dtype]) for other in others):
+                raise UnknownPoint(
+                    f"{name}: {self.family} has a part of it on each rank: name a module whose output is put together"
+                )
 
     def _check_stream(self, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
         for n in range(1, len(self._blocks) if "layers.0.output" in seen else 0):

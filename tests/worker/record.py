@@ -4,7 +4,8 @@
 
 Reads jobs from its input, one JSON object a line, and answers each with one: `{}` when `out` is written, else
 `{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's
-configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null.
+configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null;
+`ranks`, how many the model is split over.
 
 A program of its own: vLLM wants a process to itself, and changes transformers' classes in it. One for all models: to
 import vLLM takes longer than all else.
@@ -31,9 +32,11 @@ from worker.spool import prepare, spooled
 
 PROMPT = list(range(5, 45))
 N_GENERATED = 4
+# One core a rank. Without this, and without saying how large the cache is, vLLM wants memory of several kinds.
+SPLIT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def record(model: str, spool: Path, asked: dict[str, object], adapter: str | None) -> dict[str, np.ndarray]:
+def record(model: str, spool: Path, asked: dict[str, object], adapter: str | None, ranks: int) -> dict[str, np.ndarray]:
     """`tokens` and `rows` of a prompt, run in chunks of 32 tokens, and of what was generated; `uncaptured`: what is
     generated without a capture.
     """
@@ -42,11 +45,13 @@ def record(model: str, spool: Path, asked: dict[str, object], adapter: str | Non
 
     prepare(spool)
     config = {"spool_dir": str(spool), "spool_bytes": 1 << 30, "buffer_bytes": 1 << 30}
+    split = {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 1 << 26} if ranks > 1 else {}
+    os.environ.update(SPLIT if ranks > 1 else {})
     llm = LLM(
         model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source") != "aux", block_size=32,
         max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, worker_cls="worker.engine.RecordingWorker",
-        additional_config={XARG: config | asked}, distributed_executor_backend="uni", gpu_memory_utilization=0.1,
-        enable_lora=adapter is not None,
+        additional_config={XARG: config | asked}, distributed_executor_backend="mp" if split else "uni",
+        gpu_memory_utilization=0.1, enable_lora=adapter is not None, **split,
     )  # fmt: skip
     order = {"call": "c", "points": asked["points"], "first_choice": 0}
     sampling = {"max_tokens": N_GENERATED, "detokenize": False, "temperature": 0, "ignore_eos": True}
@@ -73,7 +78,7 @@ def work(job: dict[str, object]) -> dict[str, str]:
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            np.savez(job["out"], **record(job["model"], Path(scratch), job["asked"], job["adapter"]))
+            np.savez(job["out"], **record(job["model"], Path(scratch), job["asked"], job["adapter"], job["ranks"]))
         return {}
     except Exception:
         return {"error": traceback.format_exc()}

@@ -1,12 +1,17 @@
 """The worker's command line: what it settles before vLLM starts, and what it refuses."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from episodes.errors import BadInput, UnknownPoint
+from tests.conftest import free_port
+from tests.worker.test_families import make
 from worker.__main__ import plan
 from worker.spool import prepare
 
@@ -22,7 +27,8 @@ def model(tmp_path):
 
 def settled(arguments, tmp_path):
     """vLLM's flags, and our share of the additional config."""
-    command, env, spool = plan([*arguments, "--spool-dir", str(tmp_path / "spool")], {})
+    command, env, config = plan([*arguments, "--spool-dir", str(tmp_path / "spool")], {})
+    spool = Path(config.spool_dir)
     assert spool.parent == tmp_path / "spool" and not spool.exists()
     assert env["VLLM_USE_V2_MODEL_RUNNER"] == "0"
     additional = json.loads(command[command.index("--additional-config") + 1])
@@ -33,7 +39,7 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
     command, additional = settled(
         [model, "--max-model-len", "512", "--layers=3,5", "--hook-points", "output,attn.output"], tmp_path
     )
-    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert command[1:3] == ["-m", "worker.launch"]
     assert command[command.index("--model") + 1] == model and command[command.index("--max-model-len") + 1] == "512"
     assert "--layers=3,5" not in command and "--spool-dir" not in command
     points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
@@ -71,12 +77,21 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "flags", [["--speculative-config", "{}"], ["-pp", "2"], ["--data-parallel-size=2"], ["--api-server-count", "4"]]
+    ("flags", "says"),
+    [
+        (["--speculative-config", "{}"], "cannot be told apart"),
+        (["-pp", "2"], "-pp 2: .* use --tensor-parallel-size"),
+        (["--pipeline_parallel_size=2"], "--pipeline-parallel-size 2: "),
+        (["--data-parallel-size=2"], "--data-parallel-size 2: .* --backend URL --backend URL"),
+        (["--data-parallel-rank", "0"], "--data-parallel-rank 0: "),
+        (["--distributed-executor-backend", "ray"], "ray: .* give mp"),
+        (["--api-server-count", "4"], "one API server only"),
+    ],
 )
-def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags):
-    with pytest.raises(BadInput, match=flags[0].partition("=")[0]):
+def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags, says):
+    with pytest.raises(BadInput, match=says):
         settled([model, *flags], tmp_path)
-    assert settled([model, "-pp", "1"], tmp_path)
+    assert settled([model, "-pp", "1", "--tensor-parallel-size", "2", "--distributed-executor-backend=mp"], tmp_path)
 
 
 FULL = '{"cudagraph_mode": "FULL", "mode": 3}'
@@ -138,18 +153,91 @@ def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
     assert (spool / "new.0.safetensors").exists()
 
 
+def run(*arguments, script=None, **env):
+    """`tautap worker` with these arguments, in a directory where `broken` is no model."""
+    command = [sys.executable, *(("-c", script) if script else ("-m", "proxy", "worker")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--layers", "99"], "layer 99 does not exist: this model has layers 0 to 23"),
         (["--spool-bytes", "much"], "'much': give bytes"),
         (["--spool-dir", "/dev/null"], "cannot be written"),
+        (["--spool-dir", "{tmp}", "--spool-bytes", "1000T"], "bytes are free in {tmp}/tautap-spool-"),
+        (["--port", "{taken}"], "cannot listen on 127.0.0.1:{taken}: Address already in use: give another --port"),
+        (["--host", "203.0.113.1", "--api-key", "k"], "cannot listen on 203.0.113.1:8001: "),
+        (["--uds", "{tmp}/socket"], "--uds {tmp}/socket exists: stop the worker that listens there, or delete it"),
+        (["-dp", "2"], "-dp 2: start one worker for each replica"),
     ],
 )
-def test_bad_input_exits_with_2_and_one_line(model, arguments, says):
-    command = [sys.executable, "-m", "proxy", "worker", model, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+def test_bad_input_exits_with_2_and_one_line(model, tmp_path, arguments, says):
+    (tmp_path / "socket").touch()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        known = {"tmp": tmp_path, "taken": listening.getsockname()[1]}
+        done = run(model, *(argument.format(**known) for argument in arguments))
+    assert done.returncode == 2 and done.stderr.startswith(("tautap worker: ", "usage: ")), done.stderr
+    assert says.format(**known) in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("named", "config", "says"),
+    [
+        ("{home}/nowhere", None, "there is no such directory"),
+        ("./nowhere", None, "there is no such directory"),
+        ("{home}", None, "has no config.json"),
+        ("{home}", "{", "its config.json cannot be read"),
+        ("{home}", "[]", "its config.json cannot be read"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(tmp_path, named, config, says):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInput, match=says):
+        plan([named.format(home=tmp_path)], {})
+
+
+# vLLM as its GPU build is on a machine without a GPU: it finds no platform.
+WITHOUT_A_GPU = """
+import runpy, sys, vllm.platforms
+vllm.platforms.builtin_platform_plugins.pop("cpu")
+runpy.run_module("worker.launch", run_name="__main__")
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--kv-cache-memory-bytes", "4096"], "too little memory for its cache: give a smaller --max-model-len"),
+        (["--gpu-memory-utilization", "0.00001"], "--gpu-memory-utilization"),
+        (["--max-model-len", "100000"], "give a smaller --max-model-len (Value error, User-specified max_model_len"),
+        (["-tp", "3"], "give another --tensor-parallel-size"),
+        (["--load-format", "safetensors"], "the model's directory is not whole: download it again"),
+        (["--point", "x=model.layers.*.nothing.output"], "model.layers.0 has self_attn, mlp"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        ([], "there is no GPU that can be used here"),
+    ],
+)
+def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(engines, tmp_path, flags, says):
+    """Real vLLM, which says it in pages; ours is the last line of all."""
+    engines.stop()
+    make("qwen3", tmp_path)
+    if "--load-format" in flags:
+        (tmp_path / "model.safetensors").unlink()
+    where = ["--port", str(free_port()), "--spool-dir", str(tmp_path), "--spool-bytes", "1M"]
+    arguments = [str(tmp_path), *flags, *where, "--skip-tokenizer-init", "--max-num-seqs", "4"]
+    if flags:
+        done = run(*arguments)
+    else:
+        command, env, config = plan(arguments, {})
+        prepare(Path(config.spool_dir))
+        done = run(*command[3:], script=WITHOUT_A_GPU, **env)
+    *_, last = done.stderr.splitlines()
+    print(last)
+    assert done.returncode == (1 if "--point" in flags else 2)
+    assert last.startswith("tautap worker: ") and says in last, done.stderr[-3000:]
 
 
 def test_help_names_our_flags_and_says_where_the_others_go():

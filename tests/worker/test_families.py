@@ -37,14 +37,18 @@ OUTPUTS = [f"layers.{n}.output" for n in (0, 1, 2)]
 POINTS = ["embed.output", *INSIDE, "final.output"]
 
 
-def make(family, home):
+# Heads for two ranks, whose parts of what `o_proj` takes and `gate_up_proj` gives are as wide as the residual stream.
+SPLIT = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+
+
+def make(family, home, **sizes):
     """A tiny random model in a directory, and in transformers."""
     import torch
     import transformers
 
     kind, fields = FAMILIES[family]
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields)).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields | sizes)).float().eval()
     model.save_pretrained(home)
     return model
 
@@ -97,7 +101,7 @@ class Recording:
         self._log = log
         self._process = None
 
-    def __call__(self, home, points, adapter=None, **asked):
+    def __call__(self, home, points, adapter=None, ranks=1, **asked):
         """What our worker recorded in vLLM, or what it said when it refused."""
         out = home / "recorded.npz"
         job = {
@@ -105,6 +109,7 @@ class Recording:
             "out": str(out),
             "asked": asked | {"points": points},
             "adapter": adapter and str(adapter),
+            "ranks": ranks,
         }
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -257,3 +262,29 @@ def test_a_lora_adapters_rows_are_those_of_the_merged_weights(record, tmp_path, 
     tuned = record(tmp_path, POINTS, adapter)
     check(tuned, model, POINTS)
     assert tuned.tokens != observed.tokens and tuned.uncaptured == observed.uncaptured
+
+
+def test_a_model_split_over_two_ranks_gives_whole_rows(record, tmp_path):
+    """The first rank records; what each has a part of until they are added up is whole, float32, error ≤ 1e-4."""
+    model = make("qwen3", tmp_path, **SPLIT)
+    custom = {"o_proj": "model.layers.*.self_attn.o_proj.output", "down": "model.layers.*.mlp.down_proj.output"}
+    same = {"layers.0.attn": "layers.0.o_proj", "layers.2.mlp": "layers.2.down"}
+    recorded = record(tmp_path, [*POINTS, *same.values()], ranks=2, custom=custom)
+    check(recorded, model, POINTS)
+    for point, (named, own) in enumerate(same.items(), len(POINTS)):
+        assert np.array_equal(recorded.rows[:, point], recorded.rows[:, POINTS.index(named)]), own
+
+
+@pytest.mark.parametrize(
+    ("location", "says"),
+    [
+        ("self_attn.qkv_proj.output", "has (1, 128) there, needed (1, 64)"),
+        ("self_attn.o_proj.input", "has a part of it on each rank"),
+        ("mlp.gate_up_proj.output", "has a part of it on each rank"),
+    ],
+)
+def test_a_location_of_which_each_rank_has_a_part_is_refused_at_start_by_name(record, tmp_path, location, says):
+    make("qwen3", tmp_path, **SPLIT)
+    refused = record(tmp_path, ["layers.0.part"], ranks=2, custom={"part": f"model.layers.*.{location}"})
+    assert isinstance(refused, str), refused
+    assert f"layers.0.part: Qwen3ForCausalLM {says}" in refused
