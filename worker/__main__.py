@@ -11,6 +11,7 @@ import ipaddress
 import json
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             prepare(spool)
         except OSError as error:
             raise BadInput(f"--spool-dir: {spool} cannot be written: {error.strerror}") from None
+        free_socket(_value(command, "--uds"))
     except BadInput as error:
         sys.exit(_complain(error, 2))
     except TautapError as error:
@@ -180,6 +182,25 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def free_socket(uds: str | None) -> None:
+    """Remove the socket that a worker before left, where vLLM could not listen; BadInput if it is not left over."""
+    from episodes.errors import BadInput
+
+    path = Path(uds or "")
+    if uds is None or not path.exists():
+        return
+    try:
+        with socket.socket(socket.AF_UNIX) as trying:
+            trying.connect(uds)
+    except ConnectionRefusedError:  # nobody listens; a file that is no socket says the same
+        if path.is_socket():
+            return path.unlink()
+        raise BadInput(f"--uds {uds} is there and no socket: delete it, or give another path") from None
+    except OSError as error:
+        raise BadInput(f"--uds {uds}: {error.strerror}: give another path") from None
+    raise BadInput(f"--uds {uds}: a server listens there: stop it, or give another path")
 
 
 def _located(text: str) -> str:

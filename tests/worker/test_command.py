@@ -1,13 +1,14 @@
 """The worker's command line: what it settles before vLLM starts, and what it refuses."""
 
 import json
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from episodes.errors import BadInput, UnknownPoint
-from worker.__main__ import plan
+from worker.__main__ import free_socket, plan
 from worker.spool import prepare
 
 
@@ -173,3 +174,21 @@ def test_beyond_loopback_the_worker_listens_only_with_a_key(model, tmp_path, fla
 def test_on_loopback_or_a_socket_it_needs_none(model, tmp_path, flags):
     command, _ = settled([model, *flags], tmp_path)
     assert "0.0.0.0" not in command
+
+
+def test_a_socket_that_a_worker_left_is_taken_over_and_one_in_use_is_not(tmp_path):
+    """A worker that starts again in its container finds the socket of the one before: vLLM would not bind to it."""
+    path, plain = tmp_path / "worker.sock", tmp_path / "plain"
+    free_socket(None)
+    free_socket(str(path))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        with pytest.raises(BadInput, match="a server listens there: stop it"):
+            free_socket(str(path))
+    free_socket(str(path))
+    assert not path.exists()
+    plain.touch()
+    with pytest.raises(BadInput, match="no socket: delete it"):
+        free_socket(str(plain))
+    assert plain.exists()
