@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -14,6 +15,7 @@ from episodes.errors import BadInput
 from episodes.wire import DTYPE_CODES
 from worker.auxiliary import Auxiliary
 from worker.edit import Edit, Rows
+from worker.graphs import Graphs
 from worker.orders import XARG, Config
 from worker.recorder import CudaLane, Lane, Recorder, Source
 from worker.tap import Tap
@@ -31,6 +33,7 @@ class RecordingRunner(GPUModelRunner):
     """
 
     recorder: Recorder | None = None
+    tap: Tap | None = None
     edit: Edit | None = None
     _scheduled: dict[str, int] | None = None
 
@@ -40,24 +43,31 @@ class RecordingRunner(GPUModelRunner):
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
+        if config.source == "graphs" and not current_platform.is_cuda():
+            raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
         self.use_aux_hidden_state_outputs = config.source == "aux"
         super().load_model(*args, **kwargs)
         model, model_config = self.get_model(), self.model_config
         if self.use_aux_hidden_state_outputs:
             self.source: Source = Auxiliary(model, config.points)
         else:
-            self.source = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
+            self.source = self.tap = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
             self.edit = Edit(config.edit, tap, model) if config.edit else None
         if get_tensor_model_parallel_rank() != 0:
             return  # the residual stream is the same on every rank: the first one records
-        self.recorder = Recorder(
-            config,
-            self.source,
-            model_config.dtype,
-            DTYPE_CODES[str(model_config.dtype).removeprefix("torch.")],
-            model_config.get_hidden_size(),
-            CudaLane() if current_platform.is_cuda() else Lane(),
-        )
+        hidden, dtype = model_config.get_hidden_size(), model_config.dtype
+        if config.source == "graphs":
+            n_rows = self.compilation_config.max_cudagraph_capture_size
+            self.source = Graphs(tap, config.points, n_rows, hidden, dtype, self.device)
+        lane = CudaLane() if current_platform.is_cuda() else Lane()
+        code = DTYPE_CODES[str(dtype).removeprefix("torch.")]
+        self.recorder = Recorder(config, self.source, dtype, code, hidden, lane)
+
+    def capture_model(self) -> Any:
+        """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed."""
+        if isinstance(self.source, Graphs):
+            return self.source.record(super().capture_model)
+        return super().capture_model()
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         """vLLM's choice of auxiliary layers, which is a drafter's, is not wanted: `Auxiliary` makes its own."""
@@ -68,15 +78,15 @@ class RecordingRunner(GPUModelRunner):
         """
 
         def forward() -> Any:
-            return self._dummy_run(1)
+            return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE)
 
-        if self.recorder is None or not isinstance(self.source, Tap):
+        if self.recorder is None or self.tap is None:
             forward()
         else:
             hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self.source.probe(self.recorder.config.points, forward, 1, hidden, dtype)
+            self.tap.probe(self.recorder.config.points, forward, 1, hidden, dtype)
         if self.edit is not None:
-            self.source.run((), nowhere, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
+            self.source.run(None, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
@@ -104,20 +114,15 @@ class RecordingRunner(GPUModelRunner):
             forward = partial(self.edit.run, rows, input_ids.shape[0], recorder.fail, forward)
         elif step is None:
             return forward()
-        if step is None:
-            return self.source.run((), nowhere, forward)
-        output = self.source.run(step.points, step.receive, forward)
-        recorder.hand_over(step, input_ids)
+        output = self.source.run(step, forward)
+        if step is not None:
+            recorder.hand_over(step, input_ids)
         return output
 
     def _batch(self, scheduled: dict[str, int]) -> list[tuple[str, int, int]]:
         """(request, first position, rows) in the order of the rows: the batch's, not the scheduler's."""
         computed = self.input_batch.num_computed_tokens_cpu
         return [(r, int(computed[i]), scheduled[r]) for i, r in enumerate(self.input_batch.req_ids)]
-
-
-def nowhere(i: int, read: object) -> None:
-    """The receiver of a pass without points."""
 
 
 def refuse(request: str, reason: str) -> None:
