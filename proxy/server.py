@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import ssl
 import uuid
@@ -231,7 +232,8 @@ async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> No
         try:
             await runner.setup()
         except OSError as error:
-            raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None
+            user = f"user {os.getuid()}"  # in a container that is nobody's name
+            raise BadInput(f"--data {config.data} cannot be written by {user}: {error.strerror}") from None
         try:
             await web.TCPSite(runner, config.host, config.port, ssl_context=encryption).start()
         except OSError as error:

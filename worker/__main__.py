@@ -192,11 +192,8 @@ def _check_address(vllm_args: list[str]) -> None:
     """BadInput where the server could not listen: found out before it loads a model."""
     from episodes.errors import BadInput
 
-    uds = _value(vllm_args, "--uds")
-    if uds is not None:
-        if Path(uds).exists():
-            raise BadInput(f"--uds {uds} exists: stop the worker that listens there, or delete it")
-        return
+    if _value(vllm_args, "--uds") is not None:
+        return free_socket(Path(_value(vllm_args, "--uds") or ""))
     host, port = _value(vllm_args, "--host"), _value(vllm_args, "--port")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
@@ -206,6 +203,24 @@ def _check_address(vllm_args: list[str]) -> None:
     except OSError as error:
         advice = "give another --port" if error.errno == errno.EADDRINUSE else "give another --host or --port"
         raise BadInput(f"cannot listen on {host}:{port}: {error.strerror or error}: {advice}") from None
+
+
+def free_socket(uds: Path) -> None:
+    """Remove the socket that a worker before left, where vLLM could not listen; BadInput if it is not left over."""
+    from episodes.errors import BadInput
+
+    if not uds.exists():
+        return
+    try:
+        with socket.socket(socket.AF_UNIX) as trying:
+            trying.connect(str(uds))
+    except ConnectionRefusedError:  # nobody listens; a file that is no socket says the same
+        if uds.is_socket():
+            return uds.unlink()
+        raise BadInput(f"--uds {uds} is there and no socket: delete it, or give another path") from None
+    except OSError as error:
+        raise BadInput(f"--uds {uds}: {error.strerror}: give another path") from None
+    raise BadInput(f"--uds {uds}: a server listens there: stop it, or give another path")
 
 
 def _located(text: str) -> str:

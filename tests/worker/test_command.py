@@ -12,7 +12,7 @@ import pytest
 from episodes.errors import BadInput, UnknownPoint
 from tests.conftest import free_port
 from tests.worker.test_families import make
-from worker.__main__ import plan
+from worker.__main__ import free_socket, plan
 from worker.spool import prepare
 
 
@@ -168,7 +168,7 @@ def run(*arguments, script=None, **env):
         (["--spool-dir", "{tmp}", "--spool-bytes", "1000T"], "bytes are free in {tmp}/tautap-spool-"),
         (["--port", "{taken}"], "cannot listen on 127.0.0.1:{taken}: Address already in use: give another --port"),
         (["--host", "203.0.113.1", "--api-key", "k"], "cannot listen on 203.0.113.1:8001: "),
-        (["--uds", "{tmp}/socket"], "--uds {tmp}/socket exists: stop the worker that listens there, or delete it"),
+        (["--uds", "{tmp}/socket"], "--uds {tmp}/socket is there and no socket: delete it, or give another path"),
         (["-dp", "2"], "-dp 2: start one worker for each replica"),
     ],
 )
@@ -267,3 +267,20 @@ def test_beyond_loopback_the_worker_listens_only_with_a_key(model, tmp_path, fla
 def test_on_loopback_or_a_socket_it_needs_none(model, tmp_path, flags):
     command, _ = settled([model, *flags], tmp_path)
     assert "0.0.0.0" not in command
+
+
+def test_a_socket_that_a_worker_left_is_taken_over_and_one_in_use_is_not(tmp_path):
+    """A worker that starts again in its container finds the socket of the one before: vLLM would not bind to it."""
+    path, plain = tmp_path / "worker.sock", tmp_path / "plain"
+    free_socket(path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        with pytest.raises(BadInput, match="a server listens there: stop it"):
+            free_socket(path)
+    free_socket(path)
+    assert not path.exists()
+    plain.touch()
+    with pytest.raises(BadInput, match="no socket: delete it"):
+        free_socket(plain)
+    assert plain.exists()
