@@ -121,9 +121,10 @@ def publish(draft: Path, path: Path) -> None:
 def crc32(path: Path) -> int:
     """The CRC-32 of a file's bytes."""
     value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            value = zlib.crc32(chunk, value)
+    buffer = memoryview(bytearray(1 << 18))  # small enough to stay in the CPU's cache
+    with path.open("rb", buffering=0) as file:
+        while n := file.readinto(buffer):
+            value = zlib.crc32(buffer[:n], value)
     return value
 
 

@@ -12,14 +12,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from episodes import journal, records
-from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, UnknownPoint
+from episodes.errors import BadName, BadRun, MissingRows, UnknownPoint
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.rows import Owner, Span
-from episodes.shards import Shard, place
+from episodes.shards import Shard
 from episodes.store import read_run
 from episodes.tables import Index, index
-from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence
+from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence, bits
 
 
 def open_run(path: str | Path) -> Run:
@@ -107,20 +107,18 @@ class Run:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
         return self._index.spans(call.id) if self._index else self.history.spans(call)
 
-    def stored(self, owner: Owner, start: int, stop: int, point: str) -> NDArray[Any]:
-        """[stop - start, hidden] of the rows that a sequence stored itself; CorruptFile if they are not there."""
+    def read(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
+        """Copy the rows that a sequence stored itself; CorruptFile if they are not there.
+
+        into: [stop - start, hidden]
+        """
         call = (self._index or self.history).calls[owner.call]
-        live = self.layout.live_file(call.thread, owner.call)
         try:
-            file = CallFile(live)
+            file = CallFile(self.layout.live_file(call.thread, owner.call))
         except FileNotFoundError:  # sealed, by now if not when the run was opened
-            return self._shard(call.episode).rows(owner, start, stop, point)
-        own = np.flatnonzero(file.choice == owner.choice)
-        at = place(file.position[own], start, stop)
-        if at is None:
-            raise CorruptFile(f"{live} lacks rows {start} to {stop} of {owner.call}, choice {owner.choice}")
-        vectors: NDArray[Any] = file.rows[own[at], file.points.index(point)]
-        return vectors
+            self._shard(call.episode).read(owner, start, stop, point, into)
+            return
+        bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
 
     def _open_shard(self, episode: str) -> Shard:
         return Shard(self.layout.shard(episode))
@@ -166,11 +164,18 @@ class Call:
         holes = [f"{span.start} to {span.stop}" for span in spans if span.owner is None]
         if holes:
             raise MissingRows(f"call {self.record.id}, choice {choice}: no rows for positions {', '.join(holes)}")
-        parts = [self.run.stored(s.owner, s.start, s.stop, point) for s in spans if s.owner]
-        if not parts:
-            model = self.run.about.recorded
-            return np.empty((0, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
-        return np.concatenate(parts)
+        rows = self._rows(sum(span.stop - span.start for span in spans))
+        at = 0
+        for owner, start, stop in spans:
+            assert owner is not None
+            self.run.read(owner, start, stop, point, rows[at : at + stop - start])
+            at += stop - start
+        return rows
+
+    def _rows(self, n_rows: int) -> NDArray[Any]:
+        """[n_rows, hidden], not filled."""
+        model = self.run.about.recorded
+        return np.empty((n_rows, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
 
 
 def _some(names: list[str]) -> str:

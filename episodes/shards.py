@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from episodes.errors import CorruptFile
 from episodes.layout import ROW_GROUP, whole
-from episodes.records import Call, Kept, Model
+from episodes.records import Call, Model
 from episodes.rows import Owner
-from episodes.wire import DTYPE_CODES, DTYPES, CallFile
+from episodes.wire import DTYPE_CODES, DTYPES, CallFile, bits
 
 INDEX = [
     pa.field("call", pa.string(), nullable=False),
@@ -33,6 +33,11 @@ INDEX = [
     pa.field("phase", pa.string(), nullable=False),
 ]
 INDEX_NAMES = [field.name for field in INDEX]
+# Of a point in a row group: what is copied, counted and compressed stays in the CPU's cache.
+GROUP_BYTES = 4 << 20
+# Of vectors that are looked at in one go.
+PIECE_BYTES = 1 << 19
+CACHED_GROUPS = 32
 # The bits of the exponent: all of them set in infinity and NaN, and in nothing else.
 EXPONENTS: dict[str, tuple[Any, Any, int]] = {
     "bfloat16": (np.int16, np.uint16, 0x7F80),
@@ -41,46 +46,59 @@ EXPONENTS: dict[str, tuple[Any, Any, int]] = {
 }
 
 
-class Block(NamedTuple):
-    """Rows of one call. vectors: point → [n, hidden]."""
+class Whose(NamedTuple):
+    """The call that computed a row, and the choice of it whose sequence the row is of."""
 
-    call: Call
-    kept: Kept
+    call: str
+    thread: str
+    role: str
+    turn: int
+    attempt: int
+    choice: int
+
+
+class Block(NamedTuple):
+    """Rows of one sequence, at positions start, start + 1, …: the prompt's below n_prompt, then the completion's.
+
+    token_id: [n]. vectors: point → [n, hidden], in the engine's dtype
+    """
+
+    whose: Whose
+    start: int
+    n_prompt: int
     token_id: NDArray[np.int32]
     vectors: dict[str, NDArray[Any]]
+
+    def part(self, start: int, stop: int) -> Block:
+        """The rows from the start-th to the stop-th."""
+        vectors = {point: values[start:stop] for point, values in self.vectors.items()}
+        return Block(self.whose, self.start + start, self.n_prompt, self.token_id[start:stop], vectors)
 
 
 def live_blocks(call: Call, path: Path) -> Iterator[Block]:
     """The rows that a call keeps, out of its live file; CorruptFile if one of them is not in it."""
     file = CallFile(path)
     rows = file.rows
-    prompts = {s.choice: s for s in call.sequences}
+    prompts = {s.choice: len(s.prompt_token_ids) for s in call.sequences}
     for kept in call.kept:
         if kept.choice not in prompts:
             raise CorruptFile(f"{path.name}: keeps rows of choice {kept.choice}, which the call does not have")
-        own = np.flatnonzero((file.choice == kept.choice) & (file.position >= kept.start) & (file.position < kept.stop))
-        if not np.array_equal(file.position[own], np.arange(kept.start, kept.stop)):
-            raise CorruptFile(f"{path.name}: positions {kept.start} to {kept.stop} are not all there")
-        for at in range(0, len(own), ROW_GROUP):
-            part = own[at : at + ROW_GROUP]
-            piece = Kept(kept.choice, kept.start + at, kept.start + at + len(part))
-            contiguous = slice(int(part[0]), int(part[-1]) + 1) if part[-1] - part[0] == len(part) - 1 else part
-            vectors = {point: rows[contiguous, i] for i, point in enumerate(file.points)}
-            yield Block(call, piece, file.token_id[part], vectors)
+        whose = Whose(call.id, call.thread, call.role, call.turn, call.attempt, kept.choice)
+        own = file.place(kept.choice, kept.start, kept.stop)
+        vectors = {point: rows[own, i] for i, point in enumerate(file.points)}
+        yield Block(whose, kept.start, prompts[kept.choice], file.token_id[own], vectors)
 
 
-def write_shard(path: Path, calls: Iterable[Call], blocks: Iterable[Block], model: Model, compression: str) -> int:
+def write_shard(path: Path, points: list[str], blocks: Iterable[Block], model: Model, compression: str) -> int:
     """Write the shard whole; returns its rows.
 
-    calls: the episode's, for the points that need a column. compression: of the vectors, `zstd` or `none`
+    points: those that need a column. compression: of the vectors, `zstd` or `none`
     """
-    points = list(dict.fromkeys(point for call in calls for point in call.points))
     width = DTYPES[DTYPE_CODES[model.dtype]].itemsize * model.hidden_size
     about = {"dtype": model.dtype, "shape": json.dumps([model.hidden_size])}
-    vectors = [pa.field(point, pa.binary(width), metadata=about) for point in points]
+    schema = pa.schema([*INDEX, *(pa.field(point, pa.binary(width), metadata=about) for point in points)])
     zstd = [*INDEX_NAMES, *(points if compression == "zstd" else ())]
-    schema = pa.schema([*INDEX, *vectors])
-    nonfinite = dict.fromkeys(points, 0)
+    group = Group(schema, points, model)
     n_rows = 0
     with (
         whole(path) as draft,
@@ -92,15 +110,75 @@ def write_shard(path: Path, calls: Iterable[Call], blocks: Iterable[Block], mode
             use_dictionary=["call", "thread", "role", "phase"],
             write_statistics=INDEX_NAMES,
             write_page_checksum=True,
+            write_batch_size=max(PIECE_BYTES // width, 1),  # a page is closed between two batches only
             store_schema=True,
         ) as writer,
     ):
-        for group in _groups(blocks):
-            table = pa.Table.from_batches([_batch(block, schema, nonfinite) for block in group])
+        for table in group.tables(blocks):
             writer.write_table(table, row_group_size=ROW_GROUP)
-            n_rows += sum(len(block.token_id) for block in group)
-        writer.add_key_value_metadata({"nonfinite": json.dumps(nonfinite)})
+            n_rows += table.num_rows
+        writer.add_key_value_metadata({"nonfinite": json.dumps(group.nonfinite)})
     return n_rows
+
+
+class Group:
+    """A row group while it is gathered. Its memory is used for one after the other: to have new memory from the kernel
+    takes as long as to copy the rows into it.
+    """
+
+    def __init__(self, schema: pa.Schema, points: list[str], model: Model) -> None:
+        self._schema = schema
+        self._dtype = DTYPES[DTYPE_CODES[model.dtype]]
+        width = self._dtype.itemsize * model.hidden_size
+        self._room = min(ROW_GROUP, max(GROUP_BYTES // width, 1))
+        self._piece = max(PIECE_BYTES // width, 1)
+        shape = (self._room, model.hidden_size)
+        self._vectors = {point: np.empty(shape, f"<u{self._dtype.itemsize}") for point in points}
+        self._blocks: list[Block] = []
+        self._n_rows = 0
+        self.nonfinite = dict.fromkeys(points, 0)
+
+    def tables(self, blocks: Iterable[Block]) -> Iterator[pa.Table]:
+        """The blocks' rows, a table for each row group, good until the next is asked for."""
+        for block in blocks:
+            while len(block.token_id):
+                n = min(len(block.token_id), self._room - self._n_rows)
+                self._add(block.part(0, n))
+                block = block.part(n, len(block.token_id))
+                if self._n_rows == self._room:
+                    yield self._take()
+        if self._n_rows:
+            yield self._take()
+
+    def _add(self, block: Block) -> None:
+        for point, values in block.vectors.items():
+            for at in range(0, len(values), self._piece):
+                source = bits(values[at : at + self._piece])
+                place = self._vectors[point][self._n_rows + at :][: len(source)]
+                place[:] = source
+                self.nonfinite[point] += count_nonfinite(place.view(self._dtype))
+        self._blocks.append(block)
+        self._n_rows += len(block.token_id)
+
+    def _take(self) -> pa.Table:
+        lengths = [len(block.token_id) for block in self._blocks]
+        position = np.concatenate([np.arange(b.start, b.start + n) for b, n in zip(self._blocks, lengths, strict=True)])
+        n_prompt = np.repeat([block.n_prompt for block in self._blocks], lengths)
+        columns: dict[str, Any] = {
+            name: [getattr(block.whose, name) for block in self._blocks] for name in Whose._fields
+        }
+        rows = pa.array(np.repeat(np.arange(len(lengths)), lengths))
+        columns = {name: pa.array(v, self._schema.field(name).type).take(rows) for name, v in columns.items()}
+        columns["position"] = pa.array(position, pa.int32())
+        columns["token_id"] = pa.array(np.concatenate([block.token_id for block in self._blocks]), pa.int32())
+        columns["phase"] = pa.array(np.where(position < n_prompt, "prompt", "completion"))
+        for point, values in self._vectors.items():
+            has = np.repeat([point in block.vectors for block in self._blocks], lengths)
+            valid = None if has.all() else pa.py_buffer(np.packbits(has, bitorder="little"))
+            data = [valid, pa.py_buffer(values)]
+            columns[point] = pa.FixedSizeBinaryArray.from_buffers(self._schema.field(point).type, len(rows), data)
+        self._blocks, self._n_rows = [], 0
+        return pa.Table.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
 
 
 class Shard:
@@ -108,7 +186,7 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._vectors = lru_cache(maxsize=4)(self._read)  # calls of an episode share rows
+        self._vectors = lru_cache(maxsize=CACHED_GROUPS)(self._read)  # calls of an episode share rows
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
         about = self._file.metadata
         self._starts = [0, *accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups))]
@@ -120,43 +198,50 @@ class Shard:
         names = calls.dictionary.to_pylist()
         self._own = {Owner(names[whose[a, 0]], int(whose[a, 1])): slice(a, b) for a, b in pairwise(edges) if a < b}
 
-    def rows(self, owner: Owner, start: int, stop: int, point: str) -> NDArray[Any]:
-        """[stop - start, hidden] of the rows at these positions of a sequence; CorruptFile if they are not there."""
+    def read(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
+        """Copy the rows at these positions of a sequence; CorruptFile if they are not there.
+
+        into: [stop - start, hidden]
+        """
         own = self._own.get(owner, slice(0, 0))
-        at = place(self._positions[own], start, stop)
-        if at is None:
+        first = own.start + int(np.searchsorted(self._positions[own], start))
+        last = first + stop - start
+        if last > own.stop or not np.array_equal(self._positions[first:last], np.arange(start, stop)):
             raise CorruptFile(f"{self._path} lacks rows {start} to {stop} of {owner.call}, choice {owner.choice}")
-        first, last = own.start + at.start, own.start + at.stop
-        parts = []
         for group in range(bisect_right(self._starts, first) - 1, bisect_left(self._starts, last)):
             offset = self._starts[group]
-            parts.append(self._vectors(group, point)[max(first - offset, 0) : last - offset])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            part = self._vectors(group, point)[max(first - offset, 0) : last - offset]
+            at = max(offset - first, 0)
+            bits(into)[at : at + len(part)] = bits(part)
 
     def _read(self, group: int, point: str) -> NDArray[Any]:
         return vector_column(self._file.read_row_group(group, [point]), point)
 
 
-def place(positions: NDArray[np.int32], start: int, stop: int) -> slice | None:
-    """Where positions start to stop stand, one behind the other, in a sequence's; None if they are not all there."""
-    at = int(np.searchsorted(positions, start))
-    found = positions[at : at + stop - start]
-    return slice(at, at + len(found)) if np.array_equal(found, np.arange(start, stop)) else None
+def shard_points(path: Path) -> list[str]:
+    """The points that a shard has a column of."""
+    return [name for name in pq.read_schema(path).names if name not in INDEX_NAMES]
 
 
-def shard_blocks(path: Path, calls: dict[str, Call]) -> Iterator[Block]:
+def shard_blocks(path: Path, calls: Container[str]) -> Iterator[Block]:
     """The rows of these calls in a shard, as they were written; for sealing an episode that went on after its seal."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group)
-            for call, kept in _stretches(table):
-                if call not in calls:
-                    continue
-                part = table.slice(kept[1], kept[2] - kept[1])
-                positions = part["position"].to_numpy()
-                piece = Kept(kept[0], int(positions[0]), int(positions[-1]) + 1)
-                vectors = {n: vector_column(part, n) for n in calls[call].points}
-                yield Block(calls[call], piece, part["token_id"].to_numpy(), vectors)
+            for start, stop in _stretches(table):
+                block = _block(table.slice(start, stop - start))
+                if block.whose.call in calls:
+                    yield block
+
+
+def _block(table: pa.Table) -> Block:
+    """A stretch of a shard's rows. A point that its call did not record is null in all of them."""
+    whose = Whose(*(table[name][0].as_py() for name in Whose._fields))
+    start = table["position"][0].as_py()
+    n_prompt = start + table["phase"].to_pylist().count("prompt")
+    points = [name for name in table.schema.names if name not in INDEX_NAMES and table[name].null_count == 0]
+    vectors = {point: vector_column(table, point) for point in points}
+    return Block(whose, start, n_prompt, table["token_id"].to_numpy(), vectors)
 
 
 def vector_column(table: pa.Table, point: str) -> NDArray[Any]:
@@ -184,54 +269,9 @@ def count_nonfinite(values: NDArray[Any]) -> int:
     return int(np.count_nonzero((bits & exponent) == exponent))
 
 
-def _stretches(table: pa.Table) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """(call, (choice, first row, past last row)) for each stretch of consecutive positions of one sequence."""
-    if not table.num_rows:
-        return
-    calls, choices = table["call"].to_pylist(), table["choice"].to_numpy()
-    positions = table["position"].to_numpy()
-    start = 0
-    for i in range(1, len(calls) + 1):
-        if (
-            i == len(calls)
-            or calls[i] != calls[start]
-            or choices[i] != choices[start]
-            or positions[i] != positions[i - 1] + 1
-        ):
-            yield calls[start], (int(choices[start]), start, i)
-            start = i
-
-
-def _groups(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Blocks gathered into row groups of at most ROW_GROUP rows."""
-    group: list[Block] = []
-    n_rows = 0
-    for block in blocks:
-        if group and n_rows + len(block.token_id) > ROW_GROUP:
-            yield group
-            group, n_rows = [], 0
-        group.append(block)
-        n_rows += len(block.token_id)
-    if group:
-        yield group
-
-
-def _batch(block: Block, schema: pa.Schema, nonfinite: dict[str, int]) -> pa.RecordBatch:
-    call, kept, n = block.call, block.kept, len(block.token_id)
-    n_prompt = next(len(s.prompt_token_ids) for s in call.sequences if s.choice == kept.choice)
-    position = np.arange(kept.start, kept.stop, dtype=np.int32)
-    same = {"call": call.id, "thread": call.thread, "role": call.role, "turn": call.turn, "attempt": call.attempt}
-    columns = {name: pa.repeat(pa.scalar(value, schema.field(name).type), n) for name, value in same.items()}
-    columns["choice"] = pa.repeat(pa.scalar(kept.choice, pa.int16()), n)
-    columns["position"] = pa.array(position)
-    columns["token_id"] = pa.array(np.asarray(block.token_id, np.int32))
-    columns["phase"] = pa.array(np.where(position < n_prompt, "prompt", "completion"))
-    for field in list(schema)[len(INDEX) :]:
-        values = block.vectors.get(field.name)
-        if values is None:
-            columns[field.name] = pa.nulls(n, field.type)
-            continue
-        data = np.ascontiguousarray(values)
-        nonfinite[field.name] += count_nonfinite(data)
-        columns[field.name] = pa.FixedSizeBinaryArray.from_buffers(field.type, n, [None, pa.py_buffer(data)])
-    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+def _stretches(table: pa.Table) -> Iterator[tuple[int, int]]:
+    """First row, and past the last, of each stretch of consecutive positions of one sequence."""
+    calls = table["call"].combine_chunks().dictionary_encode().indices.to_numpy()
+    steps = [np.diff(column) for column in (calls, table["choice"].to_numpy(), table["position"].to_numpy())]
+    edges = (steps[0] != 0) | (steps[1] != 0) | (steps[2] != 1)
+    return pairwise([0, *(np.flatnonzero(edges) + 1).tolist(), table.num_rows])

@@ -24,7 +24,7 @@ from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
-from episodes.shards import Block, live_blocks, shard_blocks, write_shard
+from episodes.shards import Block, live_blocks, shard_blocks, shard_points, write_shard
 from episodes.tables import write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
@@ -231,18 +231,17 @@ class Store:
         episode = self.history.episodes[name]
         if not episode.unsealed:
             return None
-        before = episode.sealed.calls if episode.sealed else []
-        # An episode that goes on after its seal is rare: only then are its earlier calls read again.
-        held = [call for call in self.calls() if call.id in set(before)] if before else []
-        fresh = episode.unsealed
+        before, fresh = episode.sealed, episode.unsealed
+        held = before.calls if before else []
         shard = self.layout.shard(name)
+        again = before is not None and before.n_rows > 0
         n_rows = 0
-        kept = [call for call in (*held, *fresh) if call.kept]
-        if kept and self.run.recorded is not None:
-            blocks = self._blocks(shard, held, fresh)
-            n_rows = write_shard(shard, kept, blocks, self.run.recorded, self.run.compression)
+        if self.run.recorded is not None and (again or any(call.kept for call in fresh)):
+            points = [*(shard_points(shard) if again else ()), *(p for call in fresh if call.kept for p in call.points)]
+            blocks = self._blocks(shard, held if again else [], fresh)
+            n_rows = write_shard(shard, list(dict.fromkeys(points)), blocks, self.run.recorded, self.run.compression)
         n_bytes, checksum = (shard.stat().st_size, crc32(shard)) if n_rows else (0, 0)
-        seal = Seal(name, before + [call.id for call in fresh], n_rows, n_bytes, checksum, time.time())
+        seal = Seal(name, held + [call.id for call in fresh], n_rows, n_bytes, checksum, time.time())
         self._append(seal)
         for call in fresh:
             self.layout.live_file(call.thread, call.id).unlink(missing_ok=True)
@@ -255,9 +254,10 @@ class Store:
         """Every call of the journal so far, sealed ones too."""
         return (record for _, record in journal.sound(self.layout.journal) if isinstance(record, Call))
 
-    def _blocks(self, shard: Path, held: list[Call], fresh: list[Call]) -> Iterator[Block]:
-        if any(call.kept for call in held):
-            yield from shard_blocks(shard, {call.id: call for call in held})
+    def _blocks(self, shard: Path, held: list[str], fresh: list[Call]) -> Iterator[Block]:
+        """An episode's rows: of calls that its shard holds already, and of others."""
+        if held:
+            yield from shard_blocks(shard, set(held))
         for call in fresh:
             if call.kept:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))

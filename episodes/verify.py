@@ -111,8 +111,8 @@ def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:
             try:
                 path = run.layout.live_file(call.thread, call.id)
                 for block in live_blocks(call, path):
-                    tokens = dict(zip(range(block.kept.start, block.kept.stop), block.token_id.tolist(), strict=True))
-                    found.setdefault((call.id, block.kept.choice), {}).update(tokens)
+                    tokens = dict(enumerate(block.token_id.tolist(), block.start))
+                    found.setdefault((call.id, block.whose.choice), {}).update(tokens)
             except (OSError, BadRun) as error:
                 yield f"call {call.id}: {error}"
                 continue

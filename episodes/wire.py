@@ -228,6 +228,11 @@ def read_tensor(path: Path, tensor: Tensor) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r", offset=tensor.offset, shape=tensor.shape)
 
 
+def bits(values: NDArray[Any]) -> NDArray[Any]:
+    """The same elements as unsigned integers. numpy copies those in one go, and bfloat16 one by one."""
+    return values.view(f"<u{values.dtype.itemsize}")
+
+
 class Extent(NamedTuple):
     """A stretch of a file, `data` instead where the bytes are at hand."""
 
@@ -297,6 +302,16 @@ class CallFile:
         )
         if len(stops) != len(self.sequences) or n_placed != self.n_rows:
             raise CorruptFile(f"{self.path.name} is not a call file: it has rows that belong to no sequence of it")
+
+    def place(self, choice: int, start: int, stop: int) -> slice | NDArray[np.intp]:
+        """Which of the rows are those at positions start to stop of a choice, in order; CorruptFile if one is not
+        there.
+        """
+        own = np.flatnonzero((self.choice == choice) & (self.position >= start) & (self.position < stop))
+        if not np.array_equal(self.position[own], np.arange(start, stop)):
+            raise CorruptFile(f"{self.path.name}: positions {start} to {stop} of choice {choice} are not all there")
+        one_run = len(own) > 0 and own[-1] - own[0] == len(own) - 1
+        return slice(int(own[0]), int(own[-1]) + 1) if one_run else own
 
     @property
     def dtype(self) -> str:
