@@ -1,6 +1,6 @@
 """What capture adds to one decode step, and how fast rows get from the step to the spool.
 
-    python benchmarks/capture_step.py [--hidden 4096] [--steps 200]
+    python benchmarks/capture_step.py [--hidden 4096] [--steps 200] [--device cuda]
 
 No engine: our recorder and tap over a model of 30 blocks that do nothing but let 2 ms go by, as a step on a device
 does, with a row a request as in decoding. Steps with and without capture alternate in one process. The difference of
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from servers import machine
 from worker.orders import XARG, Config
-from worker.recorder import Lane, Recorder
+from worker.recorder import CudaLane, Lane, Recorder
 from worker.spool import prepare, spooled
 from worker.tap import Tap
 
@@ -64,7 +64,7 @@ class Model(nn.Module):
 class Rig:
     """A recorder over the model, stepped as the runner steps it."""
 
-    def __init__(self, spool: Path, n_rows: int, n_points: int, hidden: int) -> None:
+    def __init__(self, spool: Path, n_rows: int, n_points: int, hidden: int, device: str = "cpu") -> None:
         prepare(spool)
         self.spool, self.hidden = spool, hidden
         stride = N_LAYERS // n_points
@@ -72,10 +72,11 @@ class Rig:
         self.model = Model()
         self.tap = Tap(self.model, N_LAYERS)
         config = Config(str(spool), SPOOL_BYTES, BUFFER_BYTES, self.points)
-        self.recorder = Recorder(config, self.tap, torch.bfloat16, "BF16", hidden, Lane())
-        zeros = torch.zeros(n_rows, hidden, dtype=torch.bfloat16)
+        lane = CudaLane() if device == "cuda" else Lane()
+        self.recorder = Recorder(config, self.tap, torch.bfloat16, "BF16", hidden, lane)
+        zeros = torch.zeros(n_rows, hidden, dtype=torch.bfloat16, device=device)
         self.stream = (zeros, zeros + 1)
-        self.ids = torch.zeros(n_rows, dtype=torch.int32)
+        self.ids = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self.idle = [f"idle-{n}" for n in range(n_rows)]
 
     @property
@@ -141,11 +142,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="steps of each kind, fewer of large ones (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="times that each is measured (%(default)s)")
     parser.add_argument("--spool-dir", default="/dev/shm", help="as the worker's (%(default)s)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the rows are (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch's, to which vLLM sets them too (%(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     width = f"bfloat16, hidden size {options.hidden}"
-    print(f"{machine()}: {options.threads} threads, {width}, medians of {options.repeats}")
+    print(f"{machine()}: {options.threads} threads, {options.device}, {width}, medians of {options.repeats}")
     shown = Table("rows", "points", "step µs", "capture adds µs", "spread µs", "MB a step", "MB/s to the spool")
     for n_rows, n_points in itertools.product(ROWS, POINTS):
         shown.add_row(str(n_rows), str(n_points), *line(n_rows, n_points, options))
@@ -154,7 +156,7 @@ def main() -> None:
 
 def line(n_rows: int, n_points: int, options: argparse.Namespace) -> list[str]:
     with TemporaryDirectory(dir=options.spool_dir) as scratch, torch.inference_mode():
-        rig = Rig(Path(scratch) / "spool", n_rows, n_points, options.hidden)
+        rig = Rig(Path(scratch) / "spool", n_rows, n_points, options.hidden, options.device)
         n_steps = max(min(options.steps, BURST_BYTES // rig.step_bytes), 10)
         added_us(rig, n_steps)  # not counted
         found = [(*added_us(rig, n_steps), spooled_per_s(rig, n_steps)) for _ in range(options.repeats)]

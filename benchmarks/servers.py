@@ -35,6 +35,12 @@ def spool(flags: list[str]) -> Path:
     return Path(plan(list(flags), dict(os.environ))[2].spool_dir)
 
 
+def model_home() -> Path:
+    """Where the embedded model lies, which is made if it is not there yet."""
+    command = plan([], dict(os.environ))[0]
+    return Path(command[command.index("--model") + 1])
+
+
 def stock(flags: list[str], env: dict[str, str] | None = None) -> Command:
     """The command and environment of vLLM's own server with the worker's flags, and nothing of ours in it."""
     command, env, _ = plan(list(flags), dict(os.environ) if env is None else env)
@@ -140,8 +146,15 @@ def healthy(url: str) -> bool:
 
 
 def machine() -> str:
-    """Cores and processor, for a table's first line."""
+    """Cores, processor and what CUDA devices there are, for a table's first line."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} × {names[0] if names else 'unknown processor'}"
+    return " and ".join([f"{os.cpu_count()} × {names[0] if names else 'unknown processor'}", *devices()])
+
+
+def devices() -> list[str]:
+    """The names of the CUDA devices."""
+    import torch
+
+    return [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]

@@ -131,7 +131,7 @@ def main() -> None:
     off, on = (phase(capture, replay, options) for capture in (False, True))
     if not on.tally.n_bytes:
         sys.exit("no call was claimed in that time: give --minutes more, or --turns less")
-    print(f"{servers.machine()}, {replay.title}, again and again for {options.minutes:g} minutes each")
+    print(f"{servers.machine()}, {traffic.NAME}: {replay.title}, again and again for {options.minutes:g} minutes each")
     Console(width=120).print(table([off, on]))
     print(f"peak with capture minus without: {(on.peak - off.peak) / MB:.0f} MB; --buffer-bytes {options.buffer_bytes}")
 

@@ -101,6 +101,10 @@ class Claimed(Nothing):
         backend = Backend(Config("", self._scratch, ""), session)  # the session knows the worker's address
         await backend.claim(call, file)
         await backend.forget(call)
+        return self.take(file)
+
+    def take(self, file: Path) -> int:
+        """What becomes of a call file; returns its bytes."""
         return taken(file)
 
 
@@ -154,15 +158,15 @@ def rows_of(reply: Message) -> int:
 
 
 class Traffic:
-    """Episodes to hold, `IN_FLIGHT` at a time, with a reply of `N_TOKENS` tokens to every call."""
+    """Episodes to hold, so many at a time, with a reply of `N_TOKENS` tokens to every call."""
 
-    def __init__(self, episodes: list[Episode], tools: list[Message]) -> None:
-        self.episodes, self._tools = episodes, tools
+    def __init__(self, episodes: list[Episode], tools: list[Message], in_flight: int = IN_FLIGHT) -> None:
+        self.episodes, self._tools, self._in_flight = episodes, tools, in_flight
 
     @property
     def title(self) -> str:
         n_calls = sum(len(list(episode.prompts())) for episode in self.episodes)
-        return f"{NAME}: {len(self.episodes)} episodes, {n_calls} calls, {N_TOKENS} tokens a reply, {IN_FLIGHT} at once"
+        return f"{len(self.episodes)} episodes, {n_calls} calls, {N_TOKENS} tokens a reply, {self._in_flight} at once"
 
     def fresh(self) -> list[Episode]:
         """The episodes behind a system prompt that no server has seen: one for all of them, as in life."""
@@ -182,7 +186,7 @@ class Traffic:
                 await self._converse(session, keeper, episode, tally)
 
         async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
-            await asyncio.gather(*(seat() for _ in range(IN_FLIGHT)))
+            await asyncio.gather(*(seat() for _ in range(self._in_flight)))
 
     async def _converse(self, session: aiohttp.ClientSession, keeper: Keeper, episode: Episode, tally: Tally) -> None:
         async def keep(call: str, reply: Message) -> None:
@@ -204,17 +208,17 @@ class Traffic:
         await asyncio.gather(*keeping)
 
 
-def load(path: Path | None, n_episodes: int, n_turns: int | None) -> Traffic:
+def load(path: Path | None, n_episodes: int, n_turns: int | None, in_flight: int = IN_FLIGHT) -> Traffic:
     """The shortest trajectories of a tau-bench results file, cut after so many calls if that is asked, with every tool
     that is called in the file; without a file, made-up ones.
     """
     if path is None:
-        return Traffic([made_up(number, n_turns or MADE_UP_TURNS) for number in range(n_episodes)], [])
+        return Traffic([made_up(number, n_turns or MADE_UP_TURNS) for number in range(n_episodes)], [], in_flight)
     found = [result["traj"] for result in json.loads(path.read_text()) if result["traj"]]
     fitting = [traj for traj in sorted(found, key=size) if size(traj) <= FITTING_CHARS][:n_episodes]
     if len(fitting) < n_episodes:
         sys.exit(f"{path} has {len(fitting)} trajectories that fit, fewer than {n_episodes}: give --episodes less")
-    return Traffic([Episode(cut(traj, n_turns)) for traj in fitting], signatures(found))
+    return Traffic([Episode(cut(traj, n_turns)) for traj in fitting], signatures(found), in_flight)
 
 
 def size(messages: list[Message]) -> int:

@@ -25,7 +25,6 @@ from proxy.config import Config
 from proxy.server import serve
 from servers import healthy, stock
 from tests.stub import Running, Stub
-from worker.__main__ import plan
 
 # Before anything imports nnsight.
 os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
@@ -196,12 +195,6 @@ class Engines:
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
         self._process = self._kind = None
-
-
-def model_home() -> Path:
-    """Where the embedded model lies, once a worker has made it."""
-    command, _, _ = plan([], dict(os.environ))
-    return Path(command[command.index("--model") + 1])
 
 
 def tune(model: Any, home: Path) -> None:

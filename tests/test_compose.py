@@ -169,6 +169,16 @@ def test_the_images_have_the_versions_that_the_project_has(settings):
     assert f"ARG BASE=vllm/vllm-openai:v{vllm}\n" in (ROOT / "worker/Dockerfile").read_text()
 
 
+@pytest.mark.parametrize("package", ["proxy", "worker"])
+def test_what_an_image_installs_is_pinned(package):
+    lines = [line for line in (ROOT / package / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines)
+    wanted = PROJECT["dependencies"] + (PROJECT["optional-dependencies"]["worker-cpu"] if package == "worker" else [])
+    for name, version in (re.fullmatch(r"([\w-]+)(?:==(.*)|>=.*)", want).groups() for want in wanted):
+        pinned = pins[name.lower().replace("_", "-")]
+        assert version is None or pinned.partition("+")[0] == version
+
+
 def test_an_image_is_made_of_what_the_package_is_made_of():
     """The context has what pyproject.toml names, and neither data nor keys."""
     kept = set(re.findall(r"^!(\S+)", IGNORED, re.M))

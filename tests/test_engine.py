@@ -22,6 +22,7 @@ from episodes.wire import CallFile
 from proxy.backend import Backend
 from proxy.backfill import backfill
 from proxy.config import Config
+from servers import model_home
 from tests.conftest import proxy_to
 from worker.smollm import NAME as MODEL
 
@@ -51,8 +52,6 @@ class Reference:
     def __init__(self, dtype):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from tests.conftest import model_home
 
         self.torch = torch
         home = model_home()

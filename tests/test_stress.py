@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from episodes.rows import Owner, Rows, runs
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
-from tests.conftest import model_home, tune
+from servers import model_home
+from tests.conftest import tune
 
 pytestmark = pytest.mark.engine
 
