@@ -22,7 +22,7 @@ TAIL = 1 << 16
 
 
 class Broken(NamedTuple):
-    """A line that cannot be read: its number from 1, and why."""
+    """A line that cannot be read: its number, 1 where the reading began, and why."""
 
     line: int
     reason: str
@@ -53,12 +53,12 @@ def read(path: Path) -> Iterator[Record | Broken]:
     return (record for _, record in placed(path))
 
 
-def placed(path: Path) -> Iterator[tuple[int, Record | Broken]]:
-    """As `read`, each with the line's place in the file: its first byte's."""
+def placed(path: Path, at: int = 0) -> Iterator[tuple[int, Record | Broken]]:
+    """As `read`, each with the line's place in the file: its first byte's. at: where the first one begins"""
     if not path.exists():
         return
-    at = 0
     with path.open("rb") as file:
+        file.seek(at)
         for number, line in enumerate(file, 1):
             try:
                 yield at, decode(line)
@@ -100,9 +100,11 @@ class Journal:
             at = start
         return 0
 
-    def append(self, record: Record) -> None:
-        """Write a record; when this returns it is on disk. If it fails, nothing of the line stays."""
+    def append(self, record: Record) -> int:
+        """Write a record, which is on disk when this returns its place. If it fails, nothing of the line stays."""
+        place = self.n_bytes
         self.write(encode(record), sync=True)
+        return place
 
     def write(self, lines: bytes, sync: bool = False) -> None:
         """Write lines; if it fails, nothing of them stays."""
