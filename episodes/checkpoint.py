@@ -14,7 +14,6 @@ Metadata, JSON: `specs`; `journal_bytes`, how much of the journal it stands for,
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby, islice, pairwise
@@ -43,7 +42,6 @@ ROWS = pa.schema(
 )
 ABOUT = b"checkpoint"
 BATCH = 10_000
-TAIL = 4096
 
 
 class About(msgspec.Struct, frozen=True):
@@ -85,12 +83,13 @@ class Lines:
 class State(NamedTuple):
     """A run as its journal says, but for the calls that shards hold.
 
-    read_from: where the lines begin that were all read. damaged: whether there are lines that cannot be read
+    read_from, read_to: which of the journal's lines were all read. damaged: whether there are any that cannot be read
     """
 
     history: History
     lines: Lines
     read_from: int
+    read_to: int
     damaged: bool
 
 
@@ -99,6 +98,7 @@ def state(layout: Layout) -> State:
     found = load(layout)
     history, lines = History(forget_sealed=True), Lines()
     start, damaged = 0, False
+    stop = layout.journal.stat().st_size if layout.journal.exists() else 0
     if found is not None:
         about, history.rows = found
         try:
@@ -108,12 +108,12 @@ def state(layout: Layout) -> State:
             start, damaged = about.journal_bytes, about.damaged
         except CorruptFile:  # the line's rows are nobody's, whatever the checkpoint says
             history, lines = History(forget_sealed=True), Lines()
-    for place, record in journal.placed(layout.journal, start):
+    for place, record in journal.placed(layout.journal, start, stop):
         if isinstance(record, journal.Broken):
             damaged = True
         else:
             _take(history, lines, place, record)
-    return State(history, lines, start, damaged)
+    return State(history, lines, start, stop, damaged)
 
 
 def _take(history: History, lines: Lines, place: int, record: Record) -> None:
@@ -126,7 +126,7 @@ def load(layout: Layout) -> tuple[About, dict[tuple[str, ...], Rows]] | None:
     try:
         file = pq.ParquetFile(layout.rows, page_checksum_verification=True)
         about = msgspec.json.decode(file.schema_arrow.metadata[ABOUT], type=About)
-        if not file.schema_arrow.equals(ROWS) or about.crc32 != _end(layout, about.journal_bytes):
+        if not file.schema_arrow.equals(ROWS) or about.crc32 != journal.end(layout.journal, about.journal_bytes):
             return None
         table = file.read()
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
@@ -155,7 +155,7 @@ def save(layout: Layout, now: State, journal_bytes: int) -> None:
     history = now.history
     about = About(
         journal_bytes,
-        _end(layout, journal_bytes),
+        journal.end(layout.journal, journal_bytes),
         list(history.rows),
         now.lines.places,
         dict(history.counts),
@@ -183,10 +183,3 @@ def _batch(stretches: list[tuple[int, Stretch]], schema: pa.Schema) -> pa.Record
     ]
     arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _end(layout: Layout, journal_bytes: int) -> int:
-    """The CRC-32 of the last bytes of this much of the journal: that it is the same one, without reading it."""
-    with layout.journal.open("rb") as file:
-        file.seek(max(journal_bytes - TAIL, 0))
-        return zlib.crc32(file.read(min(TAIL, journal_bytes)))

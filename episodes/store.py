@@ -25,7 +25,7 @@ from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, shard_points, write_shard
-from episodes.tables import write_index
+from episodes.tables import Index, Roll, write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
 # How much the journal may grow before what it adds up to is written down: about three seconds of reading.
@@ -272,8 +272,10 @@ class Store:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
 
     def roll(self) -> None:
-        """Write the index tables anew, in one pass through the journal."""
-        write_index(self.history, self.layout, journal.sound(self.layout.journal))
+        """Write the index tables and the checkpoint anew, from what the journal has gained since they were written."""
+        before = Index.of(self.layout)
+        news = journal.sound(self.layout.journal, before.journal_bytes if before else 0)
+        write_index(Roll(self.history, self.layout, news, before), self.layout, self._journal.n_bytes)
         self._checkpoint()
 
     def _checkpoint(self) -> None:

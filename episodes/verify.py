@@ -22,7 +22,7 @@ from episodes.rows import Owner, Rows
 from episodes.run import Run
 from episodes.shards import live_blocks
 from episodes.store import being_written
-from episodes.tables import Index, index
+from episodes.tables import CALLS, Index, Roll
 
 
 def problems(run: Run) -> Iterator[str]:
@@ -62,11 +62,12 @@ def _index_problems(run: Run) -> Iterator[str]:
     """Whether the index, if it stands for the whole journal, says what the journal says."""
     try:
         found = Index.of(run.layout)
-        if found is None:
+        if found is None or found.journal_bytes < run.layout.journal.stat().st_size:
             return
-        *calls, episodes = index(run.history, run.layout, run.lines)
+        roll = Roll(run.history, run.layout, run.lines)
+        calls, episodes = pa.concat_tables([CALLS.empty_table(), *roll.calls()]), roll.episodes()
         for path, table, wanted in (
-            (run.layout.calls, found.table(), pa.concat_tables(calls)),
+            (run.layout.calls, found.table(), calls),
             (run.layout.episodes, found.episodes, episodes),
         ):
             if not table.equals(wanted):
