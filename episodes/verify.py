@@ -42,7 +42,7 @@ def problems(run: Run) -> Iterator[str]:
         left = unrecorded(run.history, left_begun(run.layout.begun))
         for call in left:
             yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
-        for path, reason in strays(run.layout, run.history, left):
+        for path, reason, _ in strays(run.layout, run.history, left):
             yield f"{path.relative_to(run.layout.root)}: {reason}"
 
 
