@@ -213,10 +213,10 @@ def opening(layout: Layout, n_calls: int) -> None:
     line("bring its index up to date", seconds(store.roll), read, "s")
     store.close()
     shard, point = layout.shard("e0"), POINTS[1]
-    runs = iter([open_run(layout.root) for _ in range(7)])  # each knows nothing yet of what is read
+    runs = [open_run(layout.root) for _ in range(7)]  # each knows nothing yet of what is read
     ways: dict[str, Callable[[], object]] = {
         "pyarrow": lambda: pq.read_table(shard, columns=["call", "position", point]),
-        "by its calls": lambda: [call.activations(point) for call in next(runs).episode("e0")],
+        "by its calls": lambda: [call.activations(point) for call in runs.pop().episode("e0")],
     }
     best = seconds(shard.read_bytes) / len(POINTS)
     n_bytes = EPISODE * RUNS["large-disk"][1] * HIDDEN * 2

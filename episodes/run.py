@@ -209,9 +209,15 @@ class Call:
         return rows
 
     def _rows(self, n_rows: int) -> NDArray[Any]:
-        """[n_rows, hidden], not filled."""
+        """[n_rows, hidden], not filled; in memory of Arrow's, which keeps what is given back to it: to have new memory
+        from the kernel may take longer than to decode what is put there.
+        """
         model = self.run.about.recorded
-        return np.empty((n_rows, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
+        if model is None:
+            return np.empty((0, 0))
+        dtype = DTYPES[DTYPE_CODES[model.dtype]]
+        memory = pa.allocate_buffer(n_rows * model.hidden_size * dtype.itemsize)
+        return np.frombuffer(memory, dtype).reshape(n_rows, model.hidden_size)
 
 
 def _some(names: list[str]) -> str:
