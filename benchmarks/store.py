@@ -151,6 +151,13 @@ def lengthen(layout: Layout, n_calls: int) -> None:
             file.write(b"".join(map(journal.encode, lines)))
 
 
+def opened(what: str, layout: Layout, read: float) -> Store:
+    at = time.perf_counter()
+    store = Store(layout)
+    line(what, time.perf_counter() - at, read, "s")
+    return store
+
+
 def seconds(work: Callable[[], object]) -> float:
     at = time.perf_counter()
     work()
@@ -194,17 +201,22 @@ def opening(layout: Layout, n_calls: int) -> None:
     size = layout.journal.stat().st_size
     what = f"{n_calls:,} calls, {size / 1e9:.1f} GB of journal"
     read = seconds(lambda: sum(len(part) for part in layout.journal.open("rb")))
-    at = time.perf_counter()
-    store = Store(layout)
-    line(f"open to write: {what}", time.perf_counter() - at, read, "s")
-    line("write its index", seconds(store.roll), read, "s")
+    print(what)
+    store = opened("open to write, without a checkpoint", layout, read)
+    line("write its index and a checkpoint", seconds(store.roll), read, "s")
     store.close()
     line("open to read, with the table of episodes", seconds(lambda: open_run(layout.root).episodes), read, "s", "≤ 2")
+    store = opened("open to write, by the checkpoint", layout, read)
+    for turn in range(TURNS):
+        store.commit(a_call(f"c-last-{turn}", "last", turn, [Sequence(0, [turn, turn], [1], "stop")], []))
+    line(f"open to read, the index {TURNS} calls behind", seconds(lambda: open_run(layout.root).episodes), read, "s")
+    line("bring its index up to date", seconds(store.roll), read, "s")
+    store.close()
     shard, point = layout.shard("e0"), POINTS[1]
-    runs = iter([open_run(layout.root) for _ in range(7)])  # each knows nothing yet of what is read
+    runs = [open_run(layout.root) for _ in range(7)]  # each knows nothing yet of what is read
     ways: dict[str, Callable[[], object]] = {
         "pyarrow": lambda: pq.read_table(shard, columns=["call", "position", point]),
-        "by its calls": lambda: [call.activations(point) for call in next(runs).episode("e0")],
+        "by its calls": lambda: [call.activations(point) for call in runs.pop().episode("e0")],
     }
     best = seconds(shard.read_bytes) / len(POINTS)
     n_bytes = EPISODE * RUNS["large-disk"][1] * HIDDEN * 2

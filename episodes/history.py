@@ -53,7 +53,8 @@ class History:
         self.counts: Counter[str] = Counter()
         self._homes: dict[str, str] = {}
         self._forget_sealed = forget_sealed
-        self._rows: dict[tuple[str, ...], Rows] = {}
+        # By what rows are shared under: a call's spec, and the adapter of a sequence.
+        self.rows: dict[tuple[str, ...], Rows] = {}
         for record in records:
             self.add(record)
 
@@ -158,7 +159,7 @@ class History:
 
     def _stored(self, call: Call, sequence: Sequence) -> Rows:
         """The rows that a sequence may share: those of its call's spec, computed by its adapter."""
-        return self._rows.setdefault((*call.spec, sequence.adapter), Rows())
+        return self.rows.setdefault((*call.spec, sequence.adapter), Rows())
 
     def _episode(self, name: str) -> Episode:
         return self.episodes.setdefault(name, Episode(name))

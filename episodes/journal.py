@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ _decoder: msgspec.json.Decoder[Record] = msgspec.json.Decoder(Record)
 
 CUT_SHORT = "the line is cut short"
 TAIL = 1 << 16
+END = 4096
 
 
 class Broken(NamedTuple):
-    """A line that cannot be read: its number from 1, and why."""
+    """A line that cannot be read: its number, 1 where the reading began, and why."""
 
     line: int
     reason: str
@@ -53,13 +55,17 @@ def read(path: Path) -> Iterator[Record | Broken]:
     return (record for _, record in placed(path))
 
 
-def placed(path: Path) -> Iterator[tuple[int, Record | Broken]]:
-    """As `read`, each with the line's place in the file: its first byte's."""
+def placed(path: Path, at: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[int, Record | Broken]]:
+    """As `read`, each with the line's place in the file: its first byte's. at, stop: where the first one begins, and
+    before which the last one does
+    """
     if not path.exists():
         return
-    at = 0
     with path.open("rb") as file:
+        file.seek(at)
         for number, line in enumerate(file, 1):
+            if at >= stop:
+                return
             try:
                 yield at, decode(line)
             except CorruptFile as error:
@@ -67,9 +73,16 @@ def placed(path: Path) -> Iterator[tuple[int, Record | Broken]]:
             at += len(line)
 
 
-def sound(path: Path) -> Iterator[tuple[int, Record]]:
-    """The records that can be read, each with its line's place; the others are left to `verify`."""
-    return ((at, record) for at, record in placed(path) if not isinstance(record, Broken))
+def sound(path: Path, at: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[int, Record]]:
+    """As `placed`, but only the records that can be read; the others are left to `verify`."""
+    return ((at, record) for at, record in placed(path, at, stop) if not isinstance(record, Broken))
+
+
+def end(path: Path, n_bytes: int) -> int:
+    """The CRC-32 of the last of so many bytes of a journal, by which it is told to be the same one."""
+    with path.open("rb") as file:
+        file.seek(max(n_bytes - END, 0))
+        return zlib.crc32(file.read(min(END, n_bytes)))
 
 
 def record_at(path: Path, place: int) -> Record:
@@ -100,9 +113,11 @@ class Journal:
             at = start
         return 0
 
-    def append(self, record: Record) -> None:
-        """Write a record; when this returns it is on disk. If it fails, nothing of the line stays."""
+    def append(self, record: Record) -> int:
+        """Write a record, which is on disk when this returns its place. If it fails, nothing of the line stays."""
+        place = self.n_bytes
         self.write(encode(record), sync=True)
+        return place
 
     def write(self, lines: bytes, sync: bool = False) -> None:
         """Write lines; if it fails, nothing of them stays."""

@@ -8,6 +8,7 @@
       shards/<episode>.parquet          a sealed episode: one row per token that it computed
       foreign/<call>.json.zst           activations that a backend which is not ours put into its reply
       calls.parquet  episodes.parquet   the index, rolled from the journal
+      rows.parquet                      a checkpoint of who stored which row (`episodes.checkpoint`), to start from
       .lock                             held by the process that writes the run
 
 A **row** is one token's vectors. It belongs to the call that computed it first; a later call of the same token ids
@@ -29,7 +30,8 @@ changes with it: live files lie by thread, a shard is written when the episode i
 there is a task, role `warmup`, are in the episode `warmups`.
 
 **calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`. They are written when the
-proxy stops and by `tautap seal`; the journal is always ahead of them or equal.
+proxy stops and by `tautap seal`; the journal is always ahead of them or equal. So is **rows.parquet**, which a writer
+also writes when the journal has grown by much. All three can be deleted at any time: the journal has everything.
 
 A page's checksum guards reading; the whole file's CRC-32 is in the journal's seal.
 
@@ -79,6 +81,7 @@ class Layout:
         self.foreign = root / "foreign"
         self.calls = root / "calls.parquet"
         self.episodes = root / "episodes.parquet"
+        self.rows = root / "rows.parquet"
         self.lock = root / ".lock"
 
     def live_file(self, thread: str, call: str) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,36 +33,47 @@ def unrecorded(history: History, begun: Iterable[Call]) -> list[Call]:
     return [call for call in begun if call.id not in history.calls and call.id not in held]
 
 
-def strays(layout: Layout, history: History, left: Iterable[Call]) -> Iterator[tuple[Path, str]]:
-    """Files that no record accounts for, and why they are none's. left: calls that are still to be recorded"""
+class Stray(NamedTuple):
+    """A file that no record accounts for, and why. ours: whether it may go; what may be somebody else's stays"""
+
+    path: Path
+    reason: str
+    ours: bool = True
+
+
+def strays(layout: Layout, history: History, left: Iterable[Call], damaged: bool = False) -> Iterator[Stray]:
+    """Files that no record accounts for.
+
+    left: calls that are still to be recorded. damaged: the journal has lines that cannot be read, so that a file of no
+    call may be one of theirs
+    """
     held, waiting = history.held, {call.id for call in left}
     known = history.calls.keys() | held | waiting
     for path in sorted(layout.live.glob("*/*.safetensors")):
         if path.stem in held:
-            yield path, "sealed already"
+            yield Stray(path, "sealed already")
         elif path.stem not in known:
-            yield path, "no call in the journal"
+            yield Stray(path, "no call in the journal", not damaged)
     with_rows = {e.id for e in history.episodes.values() if e.sealed and e.sealed.n_rows}
     for path in sorted(layout.shards.glob("[!.]*")):
         if path.stem not in with_rows:
-            yield path, "no sealed episode of that name"
+            yield Stray(path, "no sealed episode of that name", path.stem in history.episodes)
     for path in sorted(layout.foreign.glob("[!.]*")):
         if path.name.partition(".")[0] not in known:
-            yield path, "no call in the journal"
+            yield Stray(path, "no call in the journal", not damaged)
     for path in sorted([*layout.root.glob(".*.draft"), *layout.root.glob("*/.*.draft"), *layout.live.glob(".*.claim")]):
         if path.suffix == ".draft" or path.name[1:].removesuffix(".claim") not in waiting:
-            yield path, "a file that was not finished"
+            yield Stray(path, "a file that was not finished")
 
 
 def recover(layout: Layout, history: History, left: list[Call], damaged: bool) -> tuple[list[Call], list[str]]:
     """Clear away what a dead writer left; returns the calls to record, and what was done, in words.
 
-    damaged: the journal has lines that cannot be read, so that a file of no call may be one of theirs, and stays
+    damaged: as in `strays`
     """
     done = []
-    for path, reason in strays(layout, history, left):
-        ours = path.stem in history.episodes if path.parent == layout.shards else not damaged
-        if ours or reason in ("sealed already", "a file that was not finished"):
+    for path, reason, ours in strays(layout, history, left, damaged):
+        if ours:
             path.unlink()
             done.append(f"{path.relative_to(layout.root)}: {reason}; deleted")
     for directory in layout.live.glob("*/"):

@@ -7,7 +7,7 @@ what is new in it, and two calls share a row exactly when the engine would have 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +31,14 @@ class Span(NamedTuple):
     owner: Owner | None
     start: int
     stop: int
+
+
+class Stretch(NamedTuple):
+    """Tokens behind one another and the owner of all their rows. depth: how many stretches precede it in its prefix."""
+
+    depth: int
+    owner: Owner | None
+    tokens: Tokens
 
 
 class Node:
@@ -94,6 +102,36 @@ class Rows:
         return [
             Span(None if owners[a] == NOBODY else self._owners[owners[a]], a, b) for a, b in itertools.pairwise(edges)
         ]
+
+    def stretches(self) -> Iterator[Stretch]:
+        """The whole tree, a stretch before those that go on from it; the same for the same rows, however they came."""
+        stack = [(0, child) for _, child in sorted(self._root.children.items(), reverse=True)]
+        while stack:
+            depth, node = stack.pop()
+            tokens, owners, children = node.tokens, node.owners, node.children
+            while len(children) == 1:  # a sequence ended here that another goes on from
+                (child,) = children.values()
+                tokens, owners = np.concatenate([tokens, child.tokens]), np.concatenate([owners, child.owners])
+                children = child.children
+            edges = [0, *(np.flatnonzero(np.diff(owners)) + 1).tolist(), len(owners)]
+            for a, b in itertools.pairwise(edges):
+                yield Stretch(depth, None if owners[a] == NOBODY else self._owners[owners[a]], tokens[a:b])
+                depth += 1
+            stack += [(depth, child) for _, child in sorted(children.items(), reverse=True)]
+
+    @classmethod
+    def of(cls, stretches: Iterable[Stretch]) -> Rows:
+        """The tree again, as `stretches` gave it."""
+        rows = cls()
+        numbers: dict[Owner | None, int] = {None: NOBODY}
+        path = [rows._root]
+        for depth, owner, tokens in stretches:
+            number = numbers.setdefault(owner, len(numbers) - 1)
+            node = Node(tokens, np.full(len(tokens), number, np.int32))
+            path[depth].children[int(tokens[0])] = node
+            path[depth + 1 :] = [node]
+        rows._owners = [owner for owner in numbers if owner is not None]
+        return rows
 
     def _path(self, tokens: Tokens, grow: bool) -> Iterator[Node]:
         """The nodes along `tokens`. With `grow` they end exactly with it; without, the last may be matched in part

@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from episodes import journal, records
+from episodes import checkpoint, journal, records
 from episodes.errors import BadName, BadRun, MissingRows, UnknownPoint
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.rows import Owner, Span
 from episodes.shards import Shard
 from episodes.store import read_run
-from episodes.tables import Index, index
+from episodes.tables import CALLS, Entry, Index, Roll
 from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence, bits
 
 
@@ -30,7 +30,8 @@ def open_run(path: str | Path) -> Run:
 class Run:
     """A run, read only. What is committed after it was opened is not seen.
 
-    Where the index stands for the whole journal, as it does once a proxy has stopped, only what is asked for is read.
+    By its index and its checkpoint only what the journal gained since they were written is read, nothing once a proxy
+    has stopped, and the lines of calls that are asked for.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -38,14 +39,43 @@ class Run:
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
         self.layout = layout
         self.about: records.Run = read_run(layout)
-        self._index = Index.of(layout)
         self._shard = lru_cache(maxsize=2)(self._open_shard)  # an episode's calls are read one after the other
-        if self._index is None:
-            self._lines = list(journal.placed(layout.journal))
+        self._index = Index.of(layout)
+        # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
+        self._tail: list[tuple[int, records.Record]] = []
+        self._now: History | None = None
+        self._calls = self._index.calls if self._index else {}
+        if self._index is None or self._index.journal_bytes < layout.journal.stat().st_size:
+            self._read_tail()
+
+    def _read_tail(self) -> None:
+        now = checkpoint.state(self.layout)
+        if not now.read_from:
+            self._index, self._calls = None, {}
+        at = self._index.journal_bytes if self._index else 0
+        self._now = now.history
+        self._tail = list(journal.sound(self.layout.journal, at, now.read_to))
+        news = {
+            r.id: Entry(0, r.episode, r.thread, r.role, place) for place, r in self._tail if isinstance(r, records.Call)
+        }
+        homes = (
+            (call, entry, now.history.home(entry.thread, entry.episode)) for call, entry in (self._calls | news).items()
+        )
+        self._calls = {
+            call: entry if home == entry.episode else entry._replace(episode=home) for call, entry, home in homes
+        }
 
     @cached_property
     def _lines(self) -> list[tuple[int, records.Record | journal.Broken]]:
         return list(journal.placed(self.layout.journal))
+
+    @cached_property
+    def _members(self) -> dict[str, list[str]]:
+        """The calls of each episode."""
+        members: dict[str, list[str]] = {}
+        for call, entry in self._calls.items():
+            members.setdefault(entry.episode, []).append(call)
+        return members
 
     @property
     def broken(self) -> list[journal.Broken]:
@@ -65,54 +95,60 @@ class Run:
     @property
     def calls(self) -> pa.Table:
         """One row per call, columns as in `episodes.tables.CALLS`."""
-        return self._index.table() if self._index else pa.concat_tables(self._tables[:-1])
+        if self._index and self._now is None:
+            return self._index.table()
+        return pa.concat_tables([CALLS.empty_table(), *self._roll().calls()])
 
     @property
     def episodes(self) -> pa.Table:
         """One row per episode, columns as in `episodes.tables.EPISODES`."""
-        return self._index.episodes if self._index else self._tables[-1]
+        if self._index and self._now is None:
+            return self._index.episodes
+        return self._recent_episodes
 
     @cached_property
-    def _tables(self) -> list[pa.Table]:
-        return list(index(self.history, self.layout, self.lines))
+    def _recent_episodes(self) -> pa.Table:
+        roll = self._roll()
+        for _ in roll.calls(unchanged=False):
+            pass
+        return roll.episodes()
+
+    def _roll(self) -> Roll:
+        assert self._now is not None
+        return Roll(self._now, self.layout, self._tail, self._index)
 
     @property
     def names(self) -> list[str]:
         """The episodes'."""
-        return list(self._index.members if self._index else self.history.episodes)
+        return list(self._members)
 
     def call(self, call_id: str) -> Call:
-        if call_id not in (self._index or self.history).calls:
+        if call_id not in self._calls:
             raise BadName(f"run {self.about.run} has no call {call_id!r}")
-        return Call(self, self._record(call_id))
-
-    def _record(self, call_id: str) -> records.Call:
-        if self._index is None:
-            return self.history.calls[call_id]
-        entry = self._index.calls[call_id]
+        entry = self._calls[call_id]
         record = journal.record_at(self.layout.journal, entry.journal_at)
         assert isinstance(record, records.Call)
-        return msgspec.structs.replace(record, episode=entry.episode)
+        return Call(self, msgspec.structs.replace(record, episode=entry.episode))
 
     def episode(self, name: str) -> list[Call]:
         """The episode's calls, in the order they were committed, without those that only fill holes."""
-        if name not in (self._index.members if self._index else self.history.episodes):
+        if name not in self._members:
             raise BadName(f"run {self.about.run} has no episode {name!r}: {_some(self.names)}")
-        if self._index is None:
-            return [Call(self, call) for call in self.history.episodes[name].calls if call.role != records.BACKFILL]
-        calls, members = self._index.calls, self._index.members[name]
-        return [self.call(call) for call in members if calls[call].role != records.BACKFILL]
+        return [self.call(call) for call in self._members[name] if self._calls[call].role != records.BACKFILL]
 
     def spans(self, call: records.Call) -> dict[int, list[Span]]:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
-        return self._index.spans(call.id) if self._index else self.history.spans(call)
+        if self._now is not None:
+            return self._now.spans(call)
+        assert self._index is not None
+        return self._index.spans(call.id)
 
     def read(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
         """Copy the rows that a sequence stored itself; CorruptFile if they are not there.
 
         into: [stop - start, hidden]
         """
-        call = (self._index or self.history).calls[owner.call]
+        call = self._calls[owner.call]
         try:
             file = CallFile(self.layout.live_file(call.thread, owner.call))
         except FileNotFoundError:  # sealed, by now if not when the run was opened
@@ -173,9 +209,15 @@ class Call:
         return rows
 
     def _rows(self, n_rows: int) -> NDArray[Any]:
-        """[n_rows, hidden], not filled."""
+        """[n_rows, hidden], not filled; in memory of Arrow's, which keeps what is given back to it: to have new memory
+        from the kernel may take longer than to decode what is put there.
+        """
         model = self.run.about.recorded
-        return np.empty((n_rows, model.hidden_size), DTYPES[DTYPE_CODES[model.dtype]]) if model else np.empty((0, 0))
+        if model is None:
+            return np.empty((0, 0))
+        dtype = DTYPES[DTYPE_CODES[model.dtype]]
+        memory = pa.allocate_buffer(n_rows * model.hidden_size * dtype.itemsize)
+        return np.frombuffer(memory, dtype).reshape(n_rows, model.hidden_size)
 
 
 def _some(names: list[str]) -> str:

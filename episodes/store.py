@@ -15,19 +15,21 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 
-from episodes import journal
+from episodes import checkpoint, journal
 from episodes.begun import Begun
 from episodes.cast import Cast, Dialect, Group
 from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
-from episodes.history import History, Ranges
+from episodes.history import Ranges
 from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, shard_points, write_shard
-from episodes.tables import write_index
+from episodes.tables import Index, Roll, write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
+# How much the journal may grow before what it adds up to is written down: about three seconds of reading.
+CHECKPOINT_BYTES = 256 << 20
 NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
@@ -56,12 +58,13 @@ class Store:
             self.run = read_run(layout)
             # Before anything is read, so that a line that a crash tore is none.
             self._journal = journal.Journal(layout.journal)
-            damaged: list[journal.Broken] = []
-            self.history = History(_sound(journal.read(layout.journal), damaged), forget_sealed=True)
+            self._state = checkpoint.state(layout)
+            self.history = self._state.history
+            self._checkpointed = self._state.read_from
             self._begun = Begun(layout.begun)
             left = unrecorded(self.history, self._begun.left)
             # left: calls of a writer that died, to be recorded; recovered: what else was done about it, in words
-            self.left, self.recovered = recover(layout, self.history, left, bool(damaged))
+            self.left, self.recovered = recover(layout, self.history, left, self._state.damaged)
             for call in self._begun.left:
                 if call not in left:
                     self._begun.done(call.id)
@@ -170,12 +173,13 @@ class Store:
             try:
                 if kept:
                     publish(file.path, live)
-                self._journal.append(call)
+                place = self._journal.append(call)
             except OSError:  # the claim is where it was, to be tried again
                 with contextlib.suppress(FileNotFoundError):
                     live.rename(file.path)
                 raise
         self.history.commit(call)
+        self._state.lines.note(place, call)
         self._begun.done(call.id)
         if not kept:
             with contextlib.suppress(OSError):  # the call is committed, whatever becomes of the file
@@ -212,8 +216,9 @@ class Store:
         return len(news)
 
     def _append(self, record: Record) -> None:
-        self._journal.append(record)
+        place = self._journal.append(record)
         self.history.add(record)
+        self._state.lines.note(place, record)
 
     def seal_all(self, dialect: Dialect) -> list[Seal]:
         """Seal what is live, the threads that a writer before this one left open as their calls tell; what it had not
@@ -248,6 +253,10 @@ class Store:
         for thread in {call.thread for call in fresh}:
             with contextlib.suppress(OSError):  # a call of it is not recorded yet
                 (self.layout.live / thread).rmdir()
+        behind = self._journal.n_bytes - self._checkpointed
+        if behind > max(CHECKPOINT_BYTES, self._journal.n_bytes // 8):
+            with contextlib.suppress(OSError):  # the next one who opens the run reads more
+                self._checkpoint()
         return seal
 
     def calls(self) -> Iterator[Call]:
@@ -263,22 +272,20 @@ class Store:
                 yield from live_blocks(call, self.layout.live_file(call.thread, call.id))
 
     def roll(self) -> None:
-        """Write the index tables anew, in one pass through the journal."""
-        write_index(self.history, self.layout, journal.sound(self.layout.journal))
+        """Write the index tables and the checkpoint anew, from what the journal has gained since they were written."""
+        before = Index.of(self.layout)
+        news = journal.sound(self.layout.journal, before.journal_bytes if before else 0)
+        write_index(Roll(self.history, self.layout, news, before), self.layout, self._journal.n_bytes)
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        checkpoint.save(self.layout, self._state, self._journal.n_bytes)
+        self._checkpointed = self._journal.n_bytes
 
     def close(self) -> None:
         self._begun.close()
         self._journal.close()
         self._lock.close()
-
-
-def _sound(lines: Iterable[Record | journal.Broken], broken: list[journal.Broken]) -> Iterator[Record]:
-    """The records; what cannot be read goes to `broken`."""
-    for line in lines:
-        if isinstance(line, journal.Broken):
-            broken.append(line)
-        else:
-            yield line
 
 
 def _computed(file: CallFile) -> Ranges:

@@ -1,7 +1,8 @@
 """The index tables: `calls.parquet` and `episodes.parquet`, made from the journal's history.
 
-The file metadata `journal_bytes` says how much of the journal a table stands for. Who reads a run whose tables stand
-for all of it need not read the journal, but for the lines of calls that are asked for, which `journal_at` finds.
+The file metadata `journal_bytes` says how much of the journal a table stands for, `journal_crc32` what the last of it
+is (`journal.end`). Who reads a run need not read that part of the journal, but for the lines of calls that are asked
+for, which `journal_at` finds.
 """
 
 from __future__ import annotations
@@ -9,21 +10,23 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import accumulate
+from functools import lru_cache, partial
+from itertools import accumulate, islice, pairwise
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from episodes import journal
 from episodes.cast import WARMUPS
-from episodes.history import History
+from episodes.history import Episode, History
 from episodes.layout import Layout, whole
-from episodes.records import BACKFILL, Call, Link, Pair, Record, Seal
+from episodes.records import BACKFILL, Call, Record
 from episodes.rows import Owner, Span
 
 SPAN = pa.struct(
@@ -113,35 +116,92 @@ EPISODES = pa.schema(
 
 
 BATCH = 256
-JOURNAL_BYTES = "journal_bytes"
+JOURNAL_BYTES, JOURNAL_CRC32 = b"journal_bytes", b"journal_crc32"
 
 
-def index(history: History, layout: Layout, records: Iterable[tuple[int, Record]]) -> Iterator[pa.Table]:
-    """The index in pieces: tables of CALLS in the journal's order, then one table of EPISODES.
-
-    history: who stored which row. records: the journal's, each with its place, passed through once, so a long run need
-    not fit in memory
+class Roll:
+    """The index made from a run's history, or brought up to date: then only the calls are read again whose row may be
+    another by now, those of episodes that were not sealed, lacked rows or have gone on.
     """
-    episodes: dict[str, Tally] = {}
-    rows: list[dict[str, Any]] = []
-    for place, record in records:
-        if not isinstance(record, Call):
-            episodes.setdefault(record.episode, Tally(record.episode)).note(record)
-            continue
-        call = history.at_home(record)
-        row = _call_row(history, call) | {"journal_at": place}
-        episodes.setdefault(call.episode, Tally(call.episode)).add(call, row)
-        rows.append(row)
-        if len(rows) == BATCH:
-            yield pa.Table.from_pylist(rows, CALLS)
-            rows = []
-    yield pa.Table.from_pylist(rows, CALLS)
-    yield pa.Table.from_pylist([tally.row(layout) for tally in episodes.values() if tally.calls], EPISODES)
+
+    def __init__(
+        self, history: History, layout: Layout, records: Iterable[tuple[int, Record]], before: Index | None = None
+    ) -> None:
+        """history: who stored which row. before: the index so far. records: the journal's behind it, each with its
+        place, passed through once, so a long run need not fit in memory
+        """
+        self._history = history
+        self._layout = layout
+        self._records = records if before is None else list(records)
+        self._before = before
+        self._settled = self._still_settled(before) if before else {}
+        # In the order of their first calls.
+        self._tallies: dict[str, Tally | None] = {}
+
+    def _still_settled(self, before: Index) -> dict[str, dict[str, Any]]:
+        """The episodes' rows that only what is said of them can change: no call came, nor was moved there."""
+        episodes, home = before.episodes, self._history.home
+        whole = pc.and_(pc.equal(episodes["status"], "sealed"), pc.equal(episodes["n_missing"], 0))
+        rows = {row["episode"]: row for row in episodes.filter(whole).to_pylist()}
+        gone_on = {home(record.thread, record.episode) for _, record in self._records if isinstance(record, Call)}
+        gone_on |= {home(e.thread, e.episode) for e in before.calls.values() if e.episode not in rows}
+        return {name: row for name, row in rows.items() if name not in gone_on}
+
+    def calls(self, unchanged: bool = True) -> Iterator[pa.Table]:
+        """Tables of CALLS, in the journal's order. unchanged: the rows too that are as they were"""
+        for entries, group in self._before.groups() if self._before else ():
+            stale = [i for i, entry in enumerate(entries) if not self._begin(entry)]
+            fresh = self._rows(self._again(entries[i].journal_at for i in stale))
+            if not unchanged:
+                yield fresh
+            elif stale:
+                order = np.arange(len(entries))
+                order[stale] = len(entries) + np.arange(len(stale))
+                yield pa.concat_tables([group(), fresh]).take(order)
+            else:
+                yield group()
+        calls = ((place, record) for place, record in self._records if isinstance(record, Call))
+        while batch := list(islice(calls, BATCH)):
+            yield self._rows(batch)
+
+    def _begin(self, entry: Entry) -> bool:
+        """Take in the episode of a call of the index; returns whether it is settled."""
+        settled = entry.episode in self._settled
+        name = entry.episode if settled else self._history.home(entry.thread, entry.episode)
+        if name not in self._tallies:
+            self._tallies[name] = None if settled else Tally(self._episode(name))
+        return settled
+
+    def _again(self, places: Iterable[int]) -> list[tuple[int, Call]]:
+        found = [(place, journal.record_at(self._layout.journal, place)) for place in places]
+        return [(place, record) for place, record in found if isinstance(record, Call)]
+
+    def _rows(self, calls: list[tuple[int, Call]]) -> pa.Table:
+        rows = []
+        for place, record in calls:
+            call = self._history.at_home(record)
+            row = _call_row(self._history, call) | {"journal_at": place}
+            rows.append(row)
+            tally = self._tallies.get(call.episode) or Tally(self._episode(call.episode))
+            self._tallies[call.episode] = tally
+            tally.add(call, row)
+        return pa.Table.from_pylist(rows, CALLS)
+
+    def _episode(self, name: str) -> Episode:
+        return self._history.episodes.get(name) or Episode(name)
+
+    def episodes(self) -> pa.Table:
+        """The table of EPISODES, once the calls were all asked for."""
+        rows = []
+        for name, tally in self._tallies.items():
+            row = tally.row(self._layout) if tally else self._settled[name] | Tally(self._episode(name)).said()
+            rows.append(row)
+        return pa.Table.from_pylist(rows, EPISODES)
 
 
-def write_index(history: History, layout: Layout, records: Iterable[tuple[int, Record]]) -> None:
-    """Write both tables anew; arguments as `index`."""
-    about = {JOURNAL_BYTES: str(layout.journal.stat().st_size)}
+def write_index(roll: Roll, layout: Layout, journal_bytes: int) -> None:
+    """Write both tables anew, for a journal that ends there."""
+    about = {JOURNAL_BYTES: b"%d" % journal_bytes, JOURNAL_CRC32: b"%d" % journal.end(layout.journal, journal_bytes)}
     options = {"compression": "zstd", "write_page_checksum": True}
     with (
         whole(layout.calls) as calls,
@@ -149,44 +209,61 @@ def write_index(history: History, layout: Layout, records: Iterable[tuple[int, R
         pq.ParquetWriter(calls, CALLS.with_metadata(about), **options) as to_calls,
         pq.ParquetWriter(episodes, EPISODES.with_metadata(about), **options) as to_episodes,
     ):
-        for table in index(history, layout, records):
-            writer = to_calls if table.schema.equals(CALLS) else to_episodes
-            writer.write_table(table.cast(writer.schema))
+        for table in roll.calls():
+            to_calls.write_table(table.cast(to_calls.schema))
+        to_episodes.write_table(roll.episodes().cast(to_episodes.schema))
 
 
 class Index:
-    """The tables read back: where each call's line is in the journal, and whose rows its positions have."""
+    """The tables read back: where each call's line is in the journal, and whose rows its positions have.
 
-    def __init__(self, calls: pq.ParquetFile, episodes: pa.Table) -> None:
-        self.episodes = episodes
-        self._calls = calls
+    journal_bytes: how much of the journal they stand for
+    """
+
+    def __init__(self, calls: pq.ParquetFile, episodes: pa.Table, journal_bytes: int) -> None:
+        self.episodes = episodes.replace_schema_metadata(None)
+        self.journal_bytes = journal_bytes
+        self._file = calls
         self._spans = lru_cache(maxsize=4)(self._read)
         self._groups = list(accumulate(calls.metadata.row_group(i).num_rows for i in range(calls.num_row_groups)))
         columns = calls.read(["call", "episode", "thread", "role", "journal_at"]).columns
         ids, homes, threads, roles, places = (column.to_pylist() for column in columns)
         self.calls = dict(zip(ids, map(Entry, range(len(ids)), homes, threads, roles, places), strict=True))
-        self.members: dict[str, list[str]] = {}
-        for call, home in zip(ids, homes, strict=True):
-            self.members.setdefault(home, []).append(call)
 
     @classmethod
     def of(cls, layout: Layout) -> Index | None:
-        """A run's, None unless it stands for the whole journal and is in this release's form."""
+        """A run's, None unless it is of this journal and in this release's form."""
         try:
             calls = pq.ParquetFile(layout.calls, page_checksum_verification=True)
             episodes = pq.read_table(layout.episodes, page_checksum_verification=True)
-            covered = str(layout.journal.stat().st_size).encode()
-        except (OSError, pa.ArrowException):
+            about = calls.schema_arrow.metadata or {}
+            n_bytes = int(about[JOURNAL_BYTES])
+            end = b"%d" % journal.end(layout.journal, n_bytes)
+        except (OSError, KeyError, ValueError, pa.ArrowException):
             return None
-        found = ((calls.schema_arrow, CALLS), (episodes.schema, EPISODES))
-        for schema, wanted in found:
-            if not schema.equals(wanted) or (schema.metadata or {}).get(JOURNAL_BYTES.encode()) != covered:
+        if n_bytes > layout.journal.stat().st_size:
+            return None
+        for schema, wanted in ((calls.schema_arrow, CALLS), (episodes.schema, EPISODES)):
+            said = schema.metadata or {}
+            if not schema.equals(wanted) or (said.get(JOURNAL_BYTES), said.get(JOURNAL_CRC32)) != (
+                b"%d" % n_bytes,
+                end,
+            ):
                 return None
-        return cls(calls, episodes)
+        return cls(calls, episodes, n_bytes)
 
     def table(self) -> pa.Table:
         """All of CALLS."""
-        return self._calls.read()
+        return self._file.read().replace_schema_metadata(None)
+
+    def groups(self) -> Iterator[tuple[list[Entry], Callable[[], pa.Table]]]:
+        """The calls of each row group, and what reads it."""
+        entries = list(self.calls.values())
+        for group, (start, stop) in enumerate(pairwise([0, *self._groups])):
+            yield entries[start:stop], partial(self._group, group)
+
+    def _group(self, group: int) -> pa.Table:
+        return self._file.read_row_group(group).replace_schema_metadata(None)
 
     def spans(self, call: str) -> dict[int, list[Span]]:
         """As `History.spans`."""
@@ -200,7 +277,7 @@ class Index:
         return found
 
     def _read(self, group: int) -> pa.ChunkedArray:
-        return self._calls.read_row_group(group, ["spans"])["spans"]
+        return self._file.read_row_group(group, ["spans"])["spans"]
 
 
 class Entry(NamedTuple):
@@ -238,26 +315,13 @@ def totals(layout: Layout) -> Totals:
 class Tally:
     """An episode's row while its calls go by."""
 
-    episode: str
-    sealed: Seal | None = None
-    pair: Pair | None = None
-    link: Link | None = None
+    episode: Episode
     calls: dict[str, None] = field(default_factory=dict)
     threads: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     n_turns: int = 0
     started: float = math.inf
     ended: float = 0.0
-
-    def note(self, record: Seal | Pair | Link) -> None:
-        """Keep the last record of each kind."""
-        match record:
-            case Seal():
-                self.sealed = record
-            case Pair():
-                self.pair = record
-            case Link():
-                self.link = record
 
     def add(self, call: Call, row: dict[str, Any]) -> None:
         self.calls[call.id] = None
@@ -273,12 +337,12 @@ class Tally:
 
     def row(self, layout: Layout) -> dict[str, Any]:
         """n_rows: rows it stores; n_shared: positions of its calls whose row is another call's."""
-        counts, sealed = self.counts, self.sealed
+        name, counts, sealed = self.episode.id, self.counts, self.episode.sealed
         whole = sealed is not None and self.calls.keys() <= set(sealed.calls)
         return {
-            "episode": self.episode,
+            "episode": name,
             "status": "sealed" if whole else "live",
-            **self._said(),
+            **self.said(),
             "agent_thread": self._thread("agent"),
             "user_thread": self._thread("user"),
             "threads": list(self.threads),
@@ -291,13 +355,13 @@ class Tally:
             "n_missing": counts["n_missing"],
             "started": _us(self.started),
             "ended": _us(self.ended),
-            "shard": str(layout.shard(self.episode).relative_to(layout.root)) if sealed and sealed.n_rows else None,
+            "shard": str(layout.shard(name).relative_to(layout.root)) if sealed and sealed.n_rows else None,
             "n_bytes": sealed.n_bytes if sealed else 0,
         }
 
-    def _said(self) -> dict[str, Any]:
+    def said(self) -> dict[str, Any]:
         """What the results file says, and the conversations where it says nothing."""
-        pair, link = self.pair, self.link
+        pair, link = self.episode.pair, self.episode.link
         said: dict[str, Any] = {"tied": pair.tied if pair else []}
         for name in ("benchmark", "strategy", "user_strategy"):
             said[name] = getattr(link, name, None) or getattr(pair, name, None)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from episodes import checkpoint
 from episodes.begun import left_begun
 from episodes.errors import BadRun
 from episodes.history import Episode
@@ -17,11 +18,11 @@ from episodes.journal import CUT_SHORT
 from episodes.layout import crc32
 from episodes.records import Call
 from episodes.recovery import STOPPED, strays, unrecorded
-from episodes.rows import Owner
+from episodes.rows import Owner, Rows
 from episodes.run import Run
 from episodes.shards import live_blocks
 from episodes.store import being_written
-from episodes.tables import Index, index
+from episodes.tables import CALLS, Index, Roll
 
 
 def problems(run: Run) -> Iterator[str]:
@@ -37,10 +38,11 @@ def problems(run: Run) -> Iterator[str]:
         yield from _call_problems(run, call)
     yield from _index_problems(run)
     if not writing:  # else what no record accounts for yet is its business
+        yield from _checkpoint_problems(run)
         left = unrecorded(run.history, left_begun(run.layout.begun))
         for call in left:
             yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
-        for path, reason in strays(run.layout, run.history, left):
+        for path, reason, _ in strays(run.layout, run.history, left):
             yield f"{path.relative_to(run.layout.root)}: {reason}"
 
 
@@ -60,17 +62,37 @@ def _index_problems(run: Run) -> Iterator[str]:
     """Whether the index, if it stands for the whole journal, says what the journal says."""
     try:
         found = Index.of(run.layout)
-        if found is None:
+        if found is None or found.journal_bytes < run.layout.journal.stat().st_size:
             return
-        *calls, episodes = index(run.history, run.layout, run.lines)
+        roll = Roll(run.history, run.layout, run.lines)
+        calls, episodes = pa.concat_tables([CALLS.empty_table(), *roll.calls()]), roll.episodes()
         for path, table, wanted in (
-            (run.layout.calls, found.table(), pa.concat_tables(calls)),
+            (run.layout.calls, found.table(), calls),
             (run.layout.episodes, found.episodes, episodes),
         ):
             if not table.equals(wanted):
                 yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
     except (OSError, pa.ArrowException) as error:
         yield f"{run.layout.calls.name}, {run.layout.episodes.name}: {error}; `tautap seal` writes them anew"
+
+
+def _checkpoint_problems(run: Run) -> Iterator[str]:
+    """Whether what a writer would start from is what the journal says."""
+    path = run.layout.rows
+    if path.exists() and checkpoint.load(run.layout) is None:
+        yield f"{path.name}: it cannot be read, or is of another journal; `tautap seal` writes it anew"
+        return
+    found, wanted = checkpoint.state(run.layout).history, run.history
+    same = found.counts == wanted.counts and all(
+        found.home(c.thread, c.episode) == c.episode for c in wanted.calls.values()
+    )
+    trees = ([(spec, _tree(rows)) for spec, rows in sorted(h.rows.items())] for h in (found, wanted))
+    if not same or next(trees) != next(trees):
+        yield f"{path.name}: not what the journal says; delete it, and `tautap seal` writes it anew"
+
+
+def _tree(rows: Rows) -> list[tuple[int, Owner | None, bytes]]:
+    return [(depth, owner, tokens.tobytes()) for depth, owner, tokens in rows.stretches()]
 
 
 def _call_problems(run: Run, call: Call) -> Iterator[str]:

@@ -47,7 +47,11 @@ class Growing:
 
 @dataclass
 class Call:
-    """A captured call. salt: its `Capture`'s. ended: set when the request is over, at `ended_at` monotonic seconds."""
+    """A captured call. salt: its `Capture`'s. ended: set when the request is over, at `ended_at` monotonic seconds.
+
+    extents: what was first said of its call file. It stays so: whoever takes the file over in place, by a link, writes
+    into the spool file, and may be killed amid that; the rows are where they were.
+    """
 
     id: str
     points: list[str]
@@ -56,6 +60,7 @@ class Call:
     sequences: list[Growing] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     ended_at: float = 0.0
+    extents: list[wire.Extent] | None = None
 
     def order(self, n: int, adapter: str = "") -> Order:
         """Take in a request of n sequences, and say what the engine must be told. adapter: as in `wire.Sequence`."""
@@ -155,9 +160,10 @@ class Ledger:
             except TimeoutError:
                 return None
         while True:  # the engine spools the last rows with its next step
-            extents = await asyncio.to_thread(self._collect, call)
-            if extents is not None or time.monotonic() >= deadline:
-                return extents
+            if call.extents is None:
+                call.extents = await asyncio.to_thread(self._collect, call)
+            if call.extents is not None or time.monotonic() >= deadline:
+                return call.extents
             await asyncio.sleep(POLL_S)
 
     def _collect(self, call: Call) -> list[wire.Extent] | None:

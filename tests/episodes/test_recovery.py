@@ -126,7 +126,7 @@ def check_recovered(home, begun, done):
     assert [row["status"] for row in run.episodes.to_pylist()] == ["sealed"] * run.episodes.num_rows
     names = {path.name for path in run.layout.root.rglob("*") if path.is_file()}
     shards = {f"{e.id}.parquet" for e in run.history.episodes.values() if e.sealed and e.sealed.n_rows}
-    kept = {"run.json", "journal.jsonl", "begun.jsonl", "calls.parquet", "episodes.parquet", ".lock"}
+    kept = {"run.json", "journal.jsonl", "begun.jsonl", "calls.parquet", "episodes.parquet", "rows.parquet", ".lock"}
     assert names == kept | shards and not (run.layout.begun.stat().st_size)
 
 

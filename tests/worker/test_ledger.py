@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from episodes.errors import CaptureLost
-from episodes.wire import Sequence
+from episodes.handover import TOKEN, Recipe, take
+from episodes.wire import CallFile, Sequence
 from worker import ledger as module
 from worker.ledger import Ledger
 from worker.spool import PART, SpoolFile, refuse, spooled
@@ -52,6 +53,24 @@ def test_a_call_is_there_once_it_has_ended_and_every_sequence_is_spooled(ledger)
     assert collect(ledger, call) is None
     spool(ledger, choice=1)
     assert collect(ledger, call)
+
+
+def test_a_hand_over_that_was_killed_is_begun_again(ledger, tmp_path):
+    """Whoever takes the spool file over by a link writes into it: torn at any byte of that, it is taken over again."""
+    (ledger.spool / TOKEN).write_text("token")
+    call = begin(ledger)
+    call.note(0, output([5], "stop"), delta=True)
+    spool(ledger)
+    ledger.close(call)
+    into, spooled_file = tmp_path / "claim", spooled(ledger.spool, "c", 0)
+    before = spooled_file.read_bytes()
+    assert take(Recipe.of(collect(ledger, call), ledger.spool, "token"), ledger.spool, into)
+    whole = into.read_bytes()
+    assert into.samefile(spooled_file) and before != whole
+    for cut in [*range(0, len(whole), 100), len(whole)]:
+        spooled_file.write_bytes(whole[:cut] + before[cut:])
+        assert take(Recipe.of(collect(ledger, call), ledger.spool, "token"), ledger.spool, into)
+        assert into.read_bytes() == whole and CallFile(into).sequences == call.known
 
 
 @pytest.mark.parametrize(("delta", "tokens"), [(True, [5, 6, 7]), (False, [6, 7])])

@@ -1,0 +1,118 @@
+"""The index: brought up to date or read with what it does not know yet, it says what the whole journal says."""
+
+import shutil
+
+import msgspec
+import numpy as np
+import pytest
+
+from episodes import journal
+from episodes.cast import Group
+from episodes.records import Call, Link
+from episodes.run import open_run
+from episodes.tables import Index
+from episodes.verify import problems
+from tests.episodes.test_store import POINTS, Writer, expected
+
+THREADS = ("t-x", "t-y", "t-z", "t-q")
+
+
+def speechless(writer, thread, turn):
+    """A call of a thread that is an episode of its own until it is paired; without rows."""
+    return msgspec.structs.replace(writer.call(f"{thread}-{turn}", thread, turn, points=[]), thread=thread)
+
+
+def events(writer):
+    """What may happen to a run, one after the other."""
+    store = writer.store
+    yield writer.commit("c1", [1, 2, 3, 4], [5, 6])
+    yield writer.commit("c2", [1, 2, 3, 4, 5, 6, 7], [8, 9], computed=5, turn=1)
+    yield writer.commit("c3", [1, 2, 9, 9], [8], computed=3, episode="f")  # position 2 is nobody's
+    yield store.seal("e")
+    for turn, thread in enumerate(THREADS):
+        yield store.commit(speechless(writer, thread, turn))
+    yield store.pair(Group("t-x", ["t-x", "t-y"], ["t-x", "t-y"], None, None, ["t-z"]), "tau-bench")
+    yield store.pair(Group("t-z", ["t-z", "t-y"], ["t-z", "t-y"], None, None, []), "tau-bench")
+    yield store.seal("f")
+    yield store.seal("t-z")
+    yield writer.commit("c4", [1, 2, 9, 9], [7], computed=2, episode="g")  # which fills the hole of a sealed call
+    yield writer.commit("c5", [1, 2, 3, 4, 5, 6, 7, 8], [9], computed=7, turn=2)  # an episode goes on
+    yield store.seal("e")
+    yield store.pair(Group("e", ["t-q"], ["t-q"], None, None, []), None)  # a call moves into it
+    yield store.link(
+        [Link("e", "tau-bench", "7", 0, 1.0, "transcript"), Link("t-z", "tau-bench", "8", 1, 0.0, "order")]
+    )
+    yield store.seal("g")
+    yield writer.commit("c6", [5, 5], [6], choices=2, episode="h", points=POINTS[:1])
+
+
+N_EVENTS = 18
+
+
+def check_same(layout, whole):
+    """A run opened by its index, if there is one, is the run that its journal tells."""
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(layout.root, whole)
+    for name in ("calls.parquet", "episodes.parquet", "rows.parquet"):
+        (whole / name).unlink(missing_ok=True)
+    found, wanted = open_run(layout.root), open_run(whole)
+    assert found.calls.equals(wanted.calls)
+    assert found.episodes.equals(wanted.episodes)
+    assert found.names == wanted.names
+    for name in wanted.names:
+        calls, others = found.episode(name), wanted.episode(name)
+        assert [c.record for c in calls] == [c.record for c in others] != []
+        assert [found.spans(c.record) for c in calls] == [wanted.history.spans(c.record) for c in others]
+    assert not vars(found).keys() & {"history", "_lines"}
+    return found
+
+
+@pytest.mark.parametrize("rolls", [range(n, N_EVENTS, N_EVENTS) for n in range(N_EVENTS)] + [range(0, N_EVENTS, 3)])
+def test_the_index_says_what_the_journal_says_whenever_it_was_written(tmp_path, rolls):
+    """Written once, at each instant, or time and again; read behind it and after it was brought up to date."""
+    writer = Writer(tmp_path)
+    for number, _ in enumerate(events(writer)):
+        if number in rolls:
+            writer.store.roll()
+        if number >= min(rolls):
+            check_same(writer.layout, tmp_path / "whole")
+    writer.store.roll()
+    writer.close()
+    run = check_same(writer.layout, tmp_path / "whole")
+    assert Index.of(writer.layout).journal_bytes == writer.layout.journal.stat().st_size
+    assert np.array_equal(run.call("c5").activations(POINTS[1]), expected([1, 2, 3, 4, 5, 6, 7, 8], POINTS[1]))
+    assert list(problems(run)) == []
+
+
+def test_of_a_live_run_only_what_is_behind_the_index_is_read(tmp_path, monkeypatch):
+    """And the lines of what is not settled: calls without a shard, and with holes."""
+    writer = Writer(tmp_path)
+    steps = events(writer)
+    for _ in range(12):
+        next(steps)
+    writer.store.roll()
+    for _ in range(3):
+        next(steps)
+    read = []
+    decode = journal.decode
+    monkeypatch.setattr(journal, "decode", lambda line: read.append(decode(line)) or read[-1])
+    run = open_run(writer.layout.root)
+    assert {"c1", "c2"} <= set(run.calls["call"].to_pylist())
+    assert run.episodes.num_rows == 6
+    calls = {record.id for record in read if isinstance(record, Call)}
+    assert {"c4", "c5"} <= calls and not calls & {"t-y-1", "t-z-2"}
+    writer.close()
+
+
+def test_an_index_of_another_journal_is_not_used(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [3])
+    writer.store.roll()
+    writer.close()
+    layout = writer.layout
+    lines = layout.journal.read_bytes()
+    assert Index.of(layout) is not None
+    layout.journal.write_bytes(lines.replace(b"c1", b"c9"))
+    assert Index.of(layout) is None
+    layout.journal.write_bytes(lines[:-2])
+    assert Index.of(layout) is None and open_run(layout.root).names == []
