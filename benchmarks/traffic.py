@@ -185,7 +185,9 @@ class Traffic:
             for episode in waiting:
                 await self._converse(session, keeper, episode, tally)
 
-        async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as session:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)  # vLLM closes one that is idle for 5 s
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
             await asyncio.gather(*(seat() for _ in range(self._in_flight)))
 
     async def _converse(self, session: aiohttp.ClientSession, keeper: Keeper, episode: Episode, tally: Tally) -> None:
