@@ -100,9 +100,9 @@ class Journal:
             at = start
         return 0
 
-    def append(self, record: Record) -> None:
-        """Write a record; when this returns it is on disk. If it fails, nothing of the line stays."""
-        self.write(encode(record), sync=True)
+    def append(self, *records: Record) -> None:
+        """Write records; when this returns they are on disk. If it fails, nothing of their lines stays."""
+        self.write(b"".join(map(encode, records)), sync=True)
 
     def write(self, lines: bytes, sync: bool = False) -> None:
         """Write lines; if it fails, nothing of them stays."""

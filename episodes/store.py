@@ -96,6 +96,13 @@ class Store:
         """Let what has begun outlive the machine's power too."""
         self._begun.sync()
 
+    def append(self, calls: list[Call]) -> None:
+        """Put calls without activations on disk for good, with one sync: all of them, or OSError and none."""
+        self._journal.append(*calls)
+        for call in calls:
+            self.history.add(call)
+            self._begun.done(call.id)
+
     def finish_left(self) -> int:
         """Record what a writer that died left, without a worker to ask; returns how many calls that were."""
         left, self.left = self.left, []
@@ -138,8 +145,7 @@ class Store:
                 draft.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(foreign))
             call = msgspec.structs.replace(call, foreign=True)
         if claim is None:
-            self._append(call)
-            self._begun.done(call.id)
+            self.append([call])
             return call
         file = CallFile(claim)
         self._check(call, file)
