@@ -41,6 +41,8 @@ class Begun:
 
     def sync(self) -> None:
         with self._lock:
+            if not self._open:
+                return
             file = self._file.duplicate()
         try:
             os.fsync(file)

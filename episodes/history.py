@@ -77,9 +77,12 @@ class History:
         """Take in a call whose rows count as stored."""
         self.calls[call.id] = call = self.at_home(call)
         self._episode(call.episode).calls.append(call)
-        self.counts.update(rows=call.n_kept, vectors=call.n_kept * len(call.points))
+        counts = self.counts
+        counts["rows"] += call.n_kept
+        counts["vectors"] += call.n_kept * len(call.points)
         if call.role != BACKFILL:  # it said nothing: only its rows count
-            self.counts.update(calls=1, tokens=call.n_prompt + call.n_completion)
+            counts["calls"] += 1
+            counts["tokens"] += call.n_prompt + call.n_completion
 
     def at_home(self, call: Call) -> Call:
         """The call in the episode where its thread belongs by now."""

@@ -6,6 +6,7 @@ import os
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,11 +114,12 @@ class Journal:
             at = start
         return 0
 
-    def append(self, record: Record) -> int:
-        """Write a record, which is on disk when this returns its place. If it fails, nothing of the line stays."""
-        place = self.n_bytes
-        self.write(encode(record), sync=True)
-        return place
+    def append(self, *records: Record) -> list[int]:
+        """Write records, on disk when this returns their places. If it fails, nothing of their lines stays."""
+        lines = [encode(record) for record in records]
+        *places, _ = accumulate(map(len, lines), initial=self.n_bytes)
+        self.write(b"".join(lines), sync=True)
+        return places
 
     def write(self, lines: bytes, sync: bool = False) -> None:
         """Write lines; if it fails, nothing of them stays."""

@@ -99,6 +99,12 @@ class Store:
         """Let what has begun outlive the machine's power too."""
         self._begun.sync()
 
+    def append(self, calls: list[Call]) -> None:
+        """Put calls without activations on disk for good, with one sync: all of them, or OSError and none."""
+        self._append(*calls)
+        for call in calls:
+            self._begun.done(call.id)
+
     def finish_left(self) -> int:
         """Record what a writer that died left, without a worker to ask; returns how many calls that were."""
         left, self.left = self.left, []
@@ -141,8 +147,7 @@ class Store:
                 draft.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(foreign))
             call = msgspec.structs.replace(call, foreign=True)
         if claim is None:
-            self._append(call)
-            self._begun.done(call.id)
+            self.append([call])
             return call
         file = CallFile(claim)
         self._check(call, file)
@@ -173,7 +178,7 @@ class Store:
             try:
                 if kept:
                     publish(file.path, live)
-                place = self._journal.append(call)
+                (place,) = self._journal.append(call)
             except OSError:  # the claim is where it was, to be tried again
                 with contextlib.suppress(FileNotFoundError):
                     live.rename(file.path)
@@ -215,10 +220,10 @@ class Store:
             self._append(link)
         return len(news)
 
-    def _append(self, record: Record) -> None:
-        place = self._journal.append(record)
-        self.history.add(record)
-        self._state.lines.note(place, record)
+    def _append(self, *records: Record) -> None:
+        for place, record in zip(self._journal.append(*records), records, strict=True):
+            self.history.add(record)
+            self._state.lines.note(place, record)
 
     def seal_all(self, dialect: Dialect) -> list[Seal]:
         """Seal what is live, the threads that a writer before this one left open as their calls tell; what it had not

@@ -24,15 +24,19 @@ async def read(request: web.Request, timeout_s: float | None = None) -> bytes:
     limit = request.client_max_size
     if (request.content_length or 0) > limit:
         raise web.HTTPRequestEntityTooLarge(limit, request.content_length or 0)
-    try:
-        async with asyncio.timeout(timeout_s):
-            body = await request.read()
-    except TimeoutError:
-        raise web.HTTPRequestTimeout(text=f"the request body did not come within {timeout_s:.0f} s") from None
+    body = await request.read() if request.content.is_eof() else await _awaited(request, timeout_s)
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding in ("", "identity"):
         return body
     return await asyncio.to_thread(unpacked, body, encoding, limit)
+
+
+async def _awaited(request: web.Request, timeout_s: float | None) -> bytes:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text=f"the request body did not come within {timeout_s:.0f} s") from None
 
 
 def unpacked(packed: bytes, encoding: str, limit: int) -> bytes:

@@ -15,7 +15,7 @@ from episodes.wire import Capture
 from proxy.metrics import Watch
 
 
-@dataclass
+@dataclass(slots=True)
 class Exchange:
     """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
 
@@ -32,6 +32,7 @@ class Exchange:
     fields: JSON | None
     body: bytes
     capture: Capture | None
+    watch: Watch
     started: float = field(default_factory=time.time)
     first_byte: float | None = None
     status: int = 0
@@ -39,7 +40,6 @@ class Exchange:
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
     refused: bool = False
-    watch: Watch = field(default_factory=Watch)
 
     @property
     def claimable(self) -> bool:
@@ -47,6 +47,7 @@ class Exchange:
         return self.capture is not None and not self.refused
 
     def call(self) -> Call:
+        reply = self.reply
         return Call(
             id=self.id,
             thread=self.place.thread,
@@ -57,15 +58,15 @@ class Exchange:
             role=self.role,
             named=self.named,
             endpoint=self.endpoint,
-            model=str((self.reply or {}).get("model") or (self.fields or {}).get("model") or ""),
+            model=str((reply or {}).get("model") or (self.fields or {}).get("model") or ""),
             started=self.started,
             first_byte=self.first_byte,
             ended=time.time(),
             status=self.status,
-            finish_reason=messages.finish_reason(self.reply or {}),
+            finish_reason=None if reply is None else messages.finish_reason(reply),
             error=self.error,
             request=self.body.decode("utf-8", "replace"),
-            reply=msgspec.json.encode(self.reply).decode() if self.reply is not None else "",
+            reply="" if reply is None else msgspec.json.encode(reply).decode(),
             points=list(self.capture.points or ()) if self.capture else [],
             tokens=self.capture.tokens if self.capture else "all",
             request_id=self.request_id,

@@ -78,7 +78,7 @@ class Generation:
         exchange.status = upstream.status
         cutter, transcript = Events(), Transcript()
         try:
-            async for chunk in upstream.chunks():
+            while chunk := await upstream.piece():
                 kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
                 exchange.foreign = transcript.foreign
                 if transcript.done:

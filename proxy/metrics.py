@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -52,9 +53,11 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._reasons: set[str] = set()
-        self._calls = self._counter("calls", "Generation calls; status 0: broken off before one.", "role", "status")
+        calls = self._counter("calls", "Generation calls; status 0: broken off before one.", "role", "status")
+        self._calls = lru_cache(1024)(lambda role, status: calls.labels(role, str(status)))
         self._turns = self._counter("turns", "Turns of agents.")
-        self._tokens = self._counter("tokens", "Tokens of recorded calls.", "kind")
+        tokens = self._counter("tokens", "Tokens of recorded calls.", "kind")
+        self._prompt, self._completion = tokens.labels("prompt"), tokens.labels("completion")
         self._rows = self._counter("rows", "Positions of calls: stored, shared with an earlier call, missing.", "kind")
         self._row_bytes = self._counter("row_bytes", "Bytes of the vectors that were stored.")
         self._failed = self._counter("captures_failed", "Calls whose activations were lost.", "reason")
@@ -74,7 +77,7 @@ class Metrics:
 
     def ended(self, call: Call, added_s: float) -> None:
         """A call is over, whatever became of it."""
-        self._calls.labels(call.role, str(call.status)).inc()
+        self._calls(call.role, call.status).inc()
         self._turns.inc(call.role == "agent" and call.kind == "turn")
         self._added.observe(added_s)
         self._whole.observe(max(call.ended - call.started, 0))
@@ -83,8 +86,8 @@ class Metrics:
 
     def recorded(self, call: Call, rows: Mapping[str, int], row_bytes: int) -> None:
         """A call is on disk. rows: how many of its positions it stored, shares or lacks. row_bytes: of the stored."""
-        self._tokens.labels("prompt").inc(call.n_prompt)
-        self._tokens.labels("completion").inc(call.n_completion)
+        self._prompt.inc(call.n_prompt)
+        self._completion.inc(call.n_completion)
         for kind, n_rows in rows.items():
             self._rows.labels(kind).inc(n_rows)
         self._row_bytes.inc(row_bytes)

@@ -4,85 +4,65 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
 
 from episodes.records import Call
 from episodes.store import Store
+from proxy.together import Together
 
 logger = logging.getLogger("tautap.proxy")
 
-T = TypeVar("T")
+# How long a note waits for others to be synced with it; a call that is in the journal by then needs no sync.
+SYNC_S = 0.01
 
 
 class Notes:
-    """Notes calls in the order in which they begin, all that wait for the disk with one write. A note outlives this
-    process as soon as it is written; it is synced behind that, to outlive the machine's power too.
-    """
+    """A note outlives this process as soon as it is written; a sync follows, for it to outlive the machine's power."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         # Beside the store's own, so that no reply waits for another call's rows or a seal; two, for a sync not to hold
-        # up the next.
+        # up the next note.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tautap-begun")
-        self._written: dict[str, asyncio.Future[str | None]] = {}
-        self._news: list[Call] = []
-        self._writing: asyncio.Task[None] | None = None
-        self._unsynced = False
-        self._syncing: asyncio.Task[None] | None = None
+        self._notes = Together(store.begin, self._threads)
+        self._syncs: Together[None] = Together(self._sync, self._threads)
+        self._due: asyncio.TimerHandle | None = None
+        self._written: dict[str, asyncio.Future[Exception | None]] = {}
 
     def begin(self, call: Call) -> None:
         """Note a call that begins."""
-        self._written[call.id] = asyncio.get_running_loop().create_future()
-        self._news.append(call)
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write())
+        self._written[call.id] = noted = self._notes.add(call)
+        noted.add_done_callback(self._sync_later)
 
     async def written(self, call: str) -> str | None:
         """Wait until a call is noted; returns why it is not, if it could not be. None at once for one never begun."""
         noted = self._written.get(call)
-        return await asyncio.shield(noted) if noted else None
+        if noted is None:
+            return None
+        error = noted.result() if noted.done() else await asyncio.shield(noted)
+        return None if error is None else f"the call could not be noted on disk: {getattr(error, 'strerror', error)}"
 
     def drop(self, call: str) -> None:
         """Forget a call that is recorded."""
         self._written.pop(call, None)
 
     async def close(self) -> None:
-        for task in (self._writing, self._syncing):
-            if task is not None:
-                await task
+        await self._notes.close()
+        if self._due is not None:
+            self._due.cancel()
+        await self._syncs.close()
         self._threads.shutdown()
 
-    async def _write(self) -> None:
-        while self._news:
-            news, self._news = self._news, []
-            self._tell(news, await self._refused(news))
-            self._unsynced = True
-            if self._syncing is None or self._syncing.done():
-                self._syncing = asyncio.create_task(self._sync())
+    def _sync_later(self, _: object) -> None:
+        if self._due is None:
+            self._due = asyncio.get_running_loop().call_later(SYNC_S, self._sync_now)
 
-    async def _refused(self, news: list[Call]) -> str | None:
-        """Write notes; returns why they are not, if they could not be."""
+    def _sync_now(self) -> None:
+        self._due = None
+        self._syncs.add(None)
+
+    def _sync(self, _: object) -> None:
         try:
-            await self._apart(self._store.begin, news)
+            self._store.sync_begun()
         except OSError as error:
-            return f"the call could not be noted on disk: {error.strerror}"
-        return None
-
-    def _tell(self, news: Iterable[Call], reason: str | None) -> None:
-        for call in news:
-            noted = self._written.get(call.id)
-            if noted is not None and not noted.done():
-                noted.set_result(reason)
-
-    async def _sync(self) -> None:
-        while self._unsynced:
-            self._unsynced = False
-            try:
-                await self._apart(self._store.sync_begun)
-            except OSError as error:
-                logger.warning("calls that have begun could not be synced: %s", error)
-
-    async def _apart(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+            logger.warning("calls that have begun could not be synced: %s", error)

@@ -7,6 +7,7 @@ dots, no empty parts, no percent signs are left in it that the next server could
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 PATH = re.compile(r"(?:/runs/(?P<run>[^/]+))?(?:/episodes/(?P<episode>[^/]+))?(?P<path>/v1(?:/[A-Za-z0-9._~:@+,=-]+)*)")
@@ -21,6 +22,7 @@ class Target(NamedTuple):
     episode: str | None
 
 
+@lru_cache(1024)
 def target(url_path: str) -> Target | None:
     """What a URL's path, its percent signs resolved, asks for; None if it is nothing of the API's."""
     match = PATH.fullmatch(url_path)

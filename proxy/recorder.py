@@ -40,6 +40,7 @@ from proxy.backfill import Backfill
 from proxy.config import Config
 from proxy.metrics import Metrics
 from proxy.notes import Notes
+from proxy.together import Together
 
 logger = logging.getLogger("tautap.proxy")
 
@@ -50,6 +51,8 @@ AGAIN_S = 1.0
 FREE_AGE_S = 0.25
 
 LATE_S = 0.05
+# A client often sends its next call as soon as it has a reply: that one goes first, the work behind the last after it.
+BEHIND_S = 0.005
 STOPPED = "the proxy had to stop before they were claimed"
 
 T = TypeVar("T")
@@ -70,13 +73,14 @@ class Recording:
         self._backend = backend
         self._slots = slots
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
+        self._plain = Together(store.append, self._disk)
         self._notes = Notes(store)
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
         self._family = f"{store.run.run}/{store.run.created!r}/"
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
         self._backfill = Backfill(store, backend, self._on_disk) if config.backfill else None
-        self._described = False
+        self.described = False
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -90,7 +94,8 @@ class Recording:
         self._closing = asyncio.Event()
         # When to be done with everything, on the loop's clock.
         self._deadline: float | None = None
-        self._free: tuple[float, int] = (0.0, 0)
+        self._free_bytes = 0
+        self._looked_at = 0.0
 
     @classmethod
     async def open(
@@ -100,6 +105,7 @@ class Recording:
         recording = cls(store, backend, slots, config, metrics)
         live = await asyncio.to_thread(store.history.unsealed)
         recording._cast.replay([*live, *store.left])
+        await recording._look()
         recording._touched = dict.fromkeys((call.thread for call in live), time.monotonic())
         recording._recover()
         return recording
@@ -116,12 +122,12 @@ class Recording:
 
     async def describe(self) -> None:
         """Note the worker's model as soon as it is known; WrongModel if the run was recorded with another."""
-        if self._described:
+        if self.described:
             return
         model = await self._backend.capabilities()
         if model is not None:
             await self._on_disk(self._store.describe, model)
-            self._described = True
+            self.described = True
             await self._forget_left()
 
     async def _forget_left(self) -> None:
@@ -179,12 +185,17 @@ class Recording:
             return "too many calls wait to be written to disk"
         if self._refused:
             return f"{len(self._refused)} calls wait for the disk: {next(iter(self._refused.values()))}"
-        asked, least = time.monotonic(), self._config.min_free_bytes
-        if least and asked - self._free[0] > FREE_AGE_S:
-            self._free = (asked, (await asyncio.to_thread(shutil.disk_usage, self._store.layout.root)).free)
-        if least and self._free[1] < least:
-            return f"the disk has {self._free[1]:,} bytes free, and --min-free-bytes is {least:,}"
+        least = self._config.min_free_bytes
+        if least and time.monotonic() - self._looked_at > FREE_AGE_S:
+            await self._look()
+        if least and self._free_bytes < least:
+            return f"the disk has {self._free_bytes:,} bytes free, and --min-free-bytes is {least:,}"
         return None
+
+    async def _look(self) -> None:
+        """See how much of the disk is free; who asks meanwhile is told what it was before."""
+        self._looked_at = time.monotonic()
+        self._free_bytes = (await asyncio.to_thread(shutil.disk_usage, self._store.layout.root)).free
 
     def part(self, messages: list[JSON] | None) -> Part:
         """Who speaks in a call with these messages."""
@@ -231,6 +242,8 @@ class Recording:
 
     async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None) -> str | None:
         """Record a call; returns why it is not, if it could not be."""
+        if self._config.durability == "async":
+            await asyncio.sleep(BEHIND_S)
         if added_s is not None:
             self._metrics.ended(call, added_s)
         try:
@@ -262,7 +275,7 @@ class Recording:
             try:
                 claimed = await self._claim(call) if claim else call
                 with self._metrics.commit.time():
-                    return await self._on_disk(self._commit, claimed, foreign)
+                    return await self._put(claimed, foreign)
             except OSError as error:
                 if last:
                     raise
@@ -311,6 +324,14 @@ class Recording:
         self._n_lost += 1
         return msgspec.structs.replace(call, lost=reason)
 
+    async def _put(self, call: Call, foreign: bytes | None) -> tuple[Call, Rows]:
+        """Commit a call as `_commit` does, one without activations together with others."""
+        if call.points or foreign is not None:
+            return await self._on_disk(self._commit, call, foreign)
+        if error := await self._plain.add(call):
+            raise error
+        return call, Counter()
+
     def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Rows]:
         """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound. With it
         comes how many of its positions it stored, shares with an earlier call, or lacks.
@@ -340,11 +361,10 @@ class Recording:
             await self._seal(time.monotonic() - idle_s)
 
     async def _seal(self, since: float) -> None:
-        for group in self._cast.groups():
-            try:
-                await self._on_disk(self._store.pair, group, self._cast.dialect.name)
-            except Exception:
-                logger.exception("the threads of episode %s could not be noted", group.episode)
+        groups = self._cast.groups()
+        failed = await self._on_disk(self._pair, groups)
+        for group in groups:
+            if group.episode in failed:
                 continue
             if self._backfill is not None and not self._late and self._quiet(group, since):
                 await self._fill(self._backfill, group.episode)
@@ -359,6 +379,17 @@ class Recording:
                 self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)
+
+    def _pair(self, groups: list[Group]) -> set[str]:
+        """On the disk's thread: note which threads make up each episode; returns those that could not be noted."""
+        failed = set()
+        for group in groups:
+            try:
+                self._store.pair(group, self._cast.dialect.name)
+            except Exception:
+                logger.exception("the threads of episode %s could not be noted", group.episode)
+                failed.add(group.episode)
+        return failed
 
     async def _fill(self, backfill: Backfill, episode: str) -> None:
         try:
@@ -457,14 +488,16 @@ class Recorder:
 
     async def run(self, name: str | None) -> Recording:
         """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
-        name = check_name("run", name or self.config.run)
+        name = name or self.config.run
         if name not in self._runs:
+            check_name("run", name)
             if name not in self._opening:
                 self._opening[name] = asyncio.create_task(self._open(name))
             # Goes on without a client that leaves: a run that is half opened would be locked for good.
             await asyncio.shield(self._opening[name])
         recording = self._runs[name]
-        await recording.describe()
+        if not recording.described:
+            await recording.describe()
         return recording
 
     async def _open(self, name: str) -> None:

@@ -6,11 +6,11 @@ import re
 import uuid
 
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from proxy.upstream import Reply
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# Of a request that came with none.
 ID = web.RequestKey("id", str)
 # litellm prices a reply by this; without it tau-bench's act and react agents fail on a model without a price.
 OUR_HEADERS = {"x-litellm-response-cost": "0", "X-Accel-Buffering": "no"}
@@ -30,16 +30,13 @@ def break_off(request: web.Request) -> None:
         request.transport.abort()
 
 
-@web.middleware
-async def identified(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Note the id that a client gave its request, if it is one that can be sent back."""
+def given_id(request: web.Request) -> str:
+    """The id that a client gave its request, if it is one that can be sent back; else nothing."""
     given = request.headers.get("X-Request-Id", "")
-    if REQUEST_ID.fullmatch(given):
-        request[ID] = given
-    return await handler(request)
+    return given if REQUEST_ID.fullmatch(given) else ""
 
 
 async def sign(request: web.Request, reply: web.StreamResponse) -> None:
     """Every reply has its request's id, the call's if it came with none, and does not say what software we are."""
-    reply.headers["X-Request-Id"] = request.get(ID) or f"r-{uuid.uuid4().hex[:16]}"
+    reply.headers["X-Request-Id"] = request.get(ID) or given_id(request) or f"r-{uuid.uuid4().hex[:16]}"
     reply.headers.pop("Server", None)

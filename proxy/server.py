@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import ssl
-import uuid
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -37,7 +37,7 @@ from proxy.metrics import Metrics, Watch
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
 from proxy.refusals import in_openai_shape, refusal
-from proxy.replies import ID, answer, break_off, identified, sign
+from proxy.replies import ID, answer, break_off, given_id, sign
 from proxy.upstream import REQUEST_HEADERS, Upstream, passed
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -53,9 +53,7 @@ class Proxy:
 
     def app(self) -> web.Application:
         guards = [guard(self._config.keys)] if self._config.keys else []
-        app = web.Application(
-            client_max_size=self._config.limits.body_bytes, middlewares=[identified, in_openai_shape, *guards]
-        )
+        app = web.Application(client_max_size=self._config.limits.body_bytes, middlewares=[in_openai_shape, *guards])
         app.on_response_prepare.append(sign)
         app.cleanup_ctx.append(self._run)
         app.on_shutdown.append(self._drain)
@@ -64,7 +62,8 @@ class Proxy:
         app.router.add_get("/metrics", metrics.answer)
         app.router.add_get("/openapi.json", openapi.answer)
         app.add_routes(admin.routes())
-        app.router.add_route("*", "/{path:.*}", self._handle)
+        for path in (*GENERATION_PATHS, "/{path:.*}"):  # a plain path is found at once
+            app.router.add_route("*", path, self._handle)
         return app
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
@@ -121,8 +120,8 @@ class Proxy:
                 reply = answer(upstream)
                 reply.content_length = upstream.content_length
                 await reply.prepare(request)
-                async for chunk in upstream.chunks():
-                    await reply.write(chunk)
+                while piece := await upstream.piece():
+                    await reply.write(piece)
                 await reply.write_eof()
         except WorkerFailed:
             if not reply.prepared:
@@ -138,9 +137,7 @@ class Proxy:
         recording = await self._recorder.run(asked.run)
         await recording.room()
         body = await bodies.read(request, self._config.timeouts.idle_s)
-        watch = Watch()
-        exchange = self._begin(request, asked.path, body, episode, recording)
-        exchange.watch = watch
+        exchange = self._begin(request, asked.path, body, episode, recording, Watch())
         generation = Generation(request, exchange, recording, self._config.durability == "sync")
         try:
             return await generation.run(self._upstream, self._translated(exchange.fields, body))
@@ -151,15 +148,21 @@ class Proxy:
             generation.over()
 
     def _begin(
-        self, request: web.Request, path: str, body: bytes, episode: str | None, recording: Recording
+        self,
+        request: web.Request,
+        path: str,
+        body: bytes,
+        episode: str | None,
+        recording: Recording,
+        watch: Watch,
     ) -> Exchange:
         """The call that this request is, placed in its conversation; BadInput if it cannot be read or recorded."""
         fields = messages.parse_request(body)
-        call = f"c-{uuid.uuid4().hex[:16]}"
+        call = f"c-{secrets.token_hex(8)}"
         said = messages.chat(fields)
         part = recording.part(said)
         capture = None if fields is None else self._capture(call, recording.salt, fields, part.role)
-        request_id = request.get(ID, "")
+        request_id = given_id(request)
         if not request_id:
             request[ID] = call
         place = recording.place(call, said, part, episode, _retried(request))
@@ -174,6 +177,7 @@ class Proxy:
             fields,
             body,
             capture,
+            watch,
         )
 
     def _capture(self, call: str, salt: str, fields: JSON, role: Role) -> Capture | None:

@@ -9,6 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache, partial
 
 import aiohttp
 from multidict import CIMultiDictProxy
@@ -29,28 +30,46 @@ FAIR_BYTES = 16 << 10
 
 
 class Patience:
-    """When to give up on a reply. waiting_for: what, in words."""
+    """When to give up on a reply. A piece of it costs next to nothing: the alarm is moved when it goes off."""
 
     def __init__(self, clock: asyncio.Timeout, timeouts: Timeouts) -> None:
         self._clock = clock
         self._timeouts = timeouts
         self._loop = asyncio.get_running_loop()
-        self._end = self._loop.time() + timeouts.total_s
-        self._wait(timeouts.first_byte_s, "the first byte of its reply", "first-byte")
+        self._begun = self._moved = self._loop.time()
+        self._came = False
+        self._alarm = self._loop.call_at(self._due()[0], self._look)
 
     def moved(self) -> None:
         """Another piece of the reply has come."""
-        self._wait(self._timeouts.idle_s, "another byte of its reply", "idle")
+        self._moved = self._loop.time()
+        if not self._came:  # from now on the time to give up only moves away
+            self._came = True
+            self._alarm.cancel()
+            self._alarm = self._loop.call_at(self._due()[0], self._look)
 
-    def _wait(self, limit_s: float, what: str, flag: str) -> None:
-        deadline = self._loop.time() + limit_s
-        if deadline > self._end:
-            deadline, limit_s, what, flag = self._end, self._timeouts.total_s, "the end of its reply", "total"
-        self.reason = (limit_s, what, flag)
-        self._clock.reschedule(deadline)
+    def over(self) -> None:
+        self._alarm.cancel()
+
+    def _due(self) -> tuple[float, float, str, str]:
+        """When to give up as things stand, how long that is, what is waited for, and the flag that says how long."""
+        timeouts = self._timeouts
+        if self._came:
+            due = (self._moved + timeouts.idle_s, timeouts.idle_s, "another byte of its reply", "idle")
+        else:
+            limit_s = timeouts.first_byte_s
+            due = (self._begun + limit_s, limit_s, "the first byte of its reply", "first-byte")
+        return min(due, (self._begun + timeouts.total_s, timeouts.total_s, "the end of its reply", "total"))
+
+    def _look(self) -> None:
+        at, *_ = self._due()
+        if self._loop.time() >= at:
+            self._clock.reschedule(at)
+        else:
+            self._alarm = self._loop.call_at(at, self._look)
 
     def error(self) -> WorkerTooSlow:
-        limit_s, what, flag = self.reason
+        _, limit_s, what, flag = self._due()
         return WorkerTooSlow(f"the worker failed: {what} did not come within {limit_s:g} s (--{flag}-timeout-s)")
 
 
@@ -58,29 +77,36 @@ class Reply:
     """The worker's, its headers read."""
 
     def __init__(self, reply: aiohttp.ClientResponse, patience: Patience) -> None:
-        self._reply = reply
+        self._content = reply.content
         self._patience = patience
+        self._large = False
         self.status = reply.status
         self.content_type = reply.content_type
         self.content_length = reply.content_length
         self.headers = passed(reply.headers, REPLY_HEADERS)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Its body as it comes. Nothing is read ahead: whoever is slow to take a chunk holds the worker up."""
-        async for chunk in self._reply.content.iter_any():
-            yield chunk
-            self._patience.moved()
-            if len(chunk) > FAIR_BYTES:
-                await asyncio.sleep(0)
+    async def piece(self) -> bytes:
+        """What has come of its body, nothing at its end. Nothing is read ahead: whoever is slow to take a piece holds
+        the worker up.
+        """
+        if self._large:
+            await asyncio.sleep(0)
+        piece = await self._content.readany()
+        self._patience.moved()
+        self._large = len(piece) > FAIR_BYTES
+        return piece
 
     async def read(self) -> bytes:
-        return b"".join([chunk async for chunk in self.chunks()])
+        pieces = []
+        while piece := await self.piece():
+            pieces.append(piece)
+        return b"".join(pieces)
 
 
 class Upstream:
     def __init__(self, backend: Backend, session: aiohttp.ClientSession, timeouts: Timeouts) -> None:
         self._backend = backend
-        self._base = URL(backend.url)
+        self._url = lru_cache(256)(partial(_url, URL(backend.url)))
         self._session = session
         self._timeouts = timeouts
 
@@ -92,9 +118,7 @@ class Upstream:
 
         path: plain, as `proxy.paths` lets it through. query: as the client wrote it. headers: beside the worker's key
         """
-        url = URL.build(
-            scheme=self._base.scheme, authority=self._base.raw_authority, path=path, query_string=query, encoded=True
-        )
+        url = self._url(path, query)
         headers = {**headers, **self._backend.headers, "Accept-Encoding": "identity"}
         patience = None
         try:
@@ -110,6 +134,9 @@ class Upstream:
             raise
         except aiohttp.ClientError as error:
             raise WorkerFailed(f"the worker failed: {error or type(error).__name__}") from None
+        finally:
+            if patience is not None:
+                patience.over()
 
     async def _send(self, method: str, url: URL, headers: Mapping[str, str], body: bytes) -> aiohttp.ClientResponse:
         for pause_s in (*AGAIN_S, None):
@@ -130,7 +157,19 @@ class Upstream:
         raise AssertionError
 
 
+def _url(base: URL, path: str, query: str) -> URL:
+    return URL.build(scheme=base.scheme, authority=base.raw_authority, path=path, query_string=query, encoded=True)
+
+
 def passed(headers: CIMultiDictProxy[str], allowed: re.Pattern[str]) -> dict[str, str]:
     """The headers that go on: the allowed ones, unless `Connection` says that they are for the next hop alone."""
-    hop = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    return {name: text for name, text in headers.items() if allowed.fullmatch(name) and name.lower() not in hop}
+    found = {name: text for name, text in headers.items() if matches(allowed, name)}
+    if "Connection" in headers:
+        hop = {name.strip().lower() for name in headers["Connection"].split(",")}
+        return {name: text for name, text in found.items() if name.lower() not in hop}
+    return found
+
+
+@lru_cache(1024)
+def matches(allowed: re.Pattern[str], name: str) -> bool:
+    return allowed.fullmatch(name) is not None
