@@ -79,7 +79,7 @@ class Reply:
 
 class Upstream:
     def __init__(self, backend: Backend, session: aiohttp.ClientSession, timeouts: Timeouts) -> None:
-        self._backend = backend
+        self.backend = backend
         self._base = URL(backend.url)
         self._session = session
         self._timeouts = timeouts
@@ -95,7 +95,7 @@ class Upstream:
         url = URL.build(
             scheme=self._base.scheme, authority=self._base.raw_authority, path=path, query_string=query, encoded=True
         )
-        headers = {**headers, **self._backend.headers, "Accept-Encoding": "identity"}
+        headers = {**headers, **self.backend.headers, "Accept-Encoding": "identity"}
         patience = None
         try:
             async with asyncio.timeout(None) as clock:
