@@ -95,7 +95,7 @@ class Rig:
         if step is None:
             self.model(self.stream)
             return
-        self.tap.run(step.points, step.receive, lambda: self.model(self.stream))
+        self.tap.run(step, lambda: self.model(self.stream))
         self.recorder.hand_over(step, self.ids)
 
     def finish(self, requests: list[str]) -> None:

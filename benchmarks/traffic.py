@@ -205,16 +205,20 @@ class Traffic:
 
 
 def load(path: Path | None, n_episodes: int, n_turns: int | None) -> Traffic:
-    """The first trajectories of a tau-bench results file that fit, cut after so many calls, with every tool that is
-    called in the file; without a file, made-up ones.
+    """The shortest trajectories of a tau-bench results file, cut after so many calls if that is asked, with every tool
+    that is called in the file; without a file, made-up ones.
     """
     if path is None:
         return Traffic([made_up(number, n_turns or MADE_UP_TURNS) for number in range(n_episodes)], [])
     found = [result["traj"] for result in json.loads(path.read_text()) if result["traj"]]
-    fitting = [Episode(cut(traj, n_turns)) for traj in found if len(json.dumps(traj)) <= FITTING_CHARS]
+    fitting = [traj for traj in sorted(found, key=size) if size(traj) <= FITTING_CHARS][:n_episodes]
     if len(fitting) < n_episodes:
         sys.exit(f"{path} has {len(fitting)} trajectories that fit, fewer than {n_episodes}: give --episodes less")
-    return Traffic(fitting[:n_episodes], signatures(found))
+    return Traffic([Episode(cut(traj, n_turns)) for traj in fitting], signatures(found))
+
+
+def size(messages: list[Message]) -> int:
+    return len(json.dumps(messages))
 
 
 def cut(messages: list[Message], n_turns: int | None) -> list[Message]:

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from episodes.points import Points
-from episodes.wire import Sequence, Tokens
+from episodes.wire import CaptureSource, Sequence, Tokens
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -24,13 +24,13 @@ class Model(msgspec.Struct, frozen=True):
     versions: dict[str, str | None]
     custom: dict[str, str] = {}
     tokens: Tokens = "all"
-    source: Literal["nnsight", "aux"] = "nnsight"
+    source: CaptureSource = "nnsight"
     edit: str = ""
 
     @property
     def offered(self) -> Points:
         """The points that a call may ask for."""
-        return Points(self.n_layers, self.custom, self.points if self.source == "aux" else None)
+        return Points(self.n_layers, self.custom, None if self.source == "nnsight" else self.points)
 
 
 class Run(msgspec.Struct, frozen=True):

@@ -56,6 +56,7 @@ DTYPE_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 # Which tokens' rows: of the prompt, of what was generated, or of the last prompt token, from which the reply begins.
 Tokens = Literal["all", "prompt", "completion", "last"]
+CaptureSource = Literal["nnsight", "graphs", "aux"]
 
 
 def bounds(tokens: Tokens, n_prompt: int) -> tuple[int, int]:

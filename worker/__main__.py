@@ -29,7 +29,7 @@ SmolLM2-135M-Instruct runs, which needs no GPU and no model hub.
 Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tensor-parallel-size,
 --tool-call-parser, --uds, …). The server listens on 127.0.0.1:8001 unless --host and --port say otherwise; beyond
 loopback only with a key: --api-key-file, or VLLM_API_KEY in the environment.
-Prefix caching and chunked prefill stay on. The model runs eagerly: observers do not fire inside compiled graphs.
+Prefix caching and chunked prefill stay on. The model runs eagerly, unless --capture-source says otherwise.
 """
 # What vLLM can do and the recorder cannot, or was never seen to do, by flag, unless it is set to one of PLAIN.
 ONE_SERVER = "the activations of a call are known to one API server only: leave it out"
@@ -132,6 +132,10 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     own += ["--additional-config", json.dumps(additional)]
     if ours.capture_source == "nnsight":
         own.append("--enforce-eager")
+    elif ours.capture_source == "graphs":
+        # Not compiled, for observers are Python; a decode step is replayed whole, larger ones run eagerly.
+        asked = json.loads(_take(vllm_args, "--compilation-config") or "{}")
+        own += ["--compilation-config", json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY"} | asked | {"mode": 0})]
     return [sys.executable, "-m", "worker.launch", *vllm_args, *own], env, config
 
 
@@ -158,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
         help="whose rows; last is the last prompt token; prompt does without the prefix cache (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--capture-source", default="nnsight", choices=["nnsight", "aux"],
-        help="aux: vLLM's auxiliary hidden states; the model is compiled, only output can be had (%(default)s)",
+        "--capture-source", default="nnsight", choices=["nnsight", "graphs", "aux"],
+        help="nnsight: observers, any point of any call; graphs: the same inside CUDA graphs, only the points given at "
+        "start; aux: vLLM's auxiliary hidden states, the model is compiled, only output can be had (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--edit", type=_located, default="", metavar="FILE:FUNCTION",
@@ -221,8 +226,8 @@ def _check_edit(edit: str, source: str, vllm_args: list[str]) -> None:
     from episodes.errors import BadInput
     from worker.orders import load_edit
 
-    if source == "aux":
-        raise BadInput("--edit needs --capture-source nnsight: no Python runs inside a compiled model")
+    if source != "nnsight":
+        raise BadInput("--edit needs --capture-source nnsight: no Python runs inside a graph or a compiled model")
     if {_value(vllm_args, flag) for flag in ("--tensor-parallel-size", "-tp")} - {None, "1"}:
         raise BadInput("--edit: only one rank knows which rows are captured: leave --tensor-parallel-size out")
     load_edit(edit)

@@ -15,7 +15,7 @@ from vllm.model_executor.models.interfaces import supports_eagle3
 
 from episodes.errors import UnknownPoint
 from episodes.points import split
-from worker.tap import Receive, Stream
+from worker.tap import Sink, Stream
 
 
 class Auxiliary:
@@ -47,10 +47,11 @@ class Auxiliary:
             has = ", ".join(f"layers.{k - 1}.output" for k in self._order)
             raise UnknownPoint(f"{point}: the compiled model returns {has}")
 
-    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns; `receive(i, read)` is called for each point once the pass is over."""
+    def run(self, sink: Sink | None, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; the sink receives its points once the pass is over."""
         output = forward()
         _, states = output
-        for i, point in enumerate(points):
-            receive(i, partial(Stream, states[self._order[self._id(point)]]))
+        if sink is not None:
+            for i, point in enumerate(sink.points):
+                sink.receive(i, partial(Stream, states[self._order[self._id(point)]]))
         return output

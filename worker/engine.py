@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from vllm.config import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -14,6 +15,7 @@ from episodes.errors import BadInput
 from episodes.wire import DTYPE_CODES
 from worker.auxiliary import Auxiliary
 from worker.edit import Edit, Rows
+from worker.graphs import Graphs
 from worker.orders import XARG, Config
 from worker.recorder import CudaLane, Lane, Recorder, Source
 from worker.tap import Tap
@@ -31,6 +33,7 @@ class RecordingRunner(GPUModelRunner):
     """
 
     recorder: Recorder | None = None
+    tap: Tap | None = None
     edit: Edit | None = None
     _scheduled: dict[str, int] | None = None
 
@@ -40,24 +43,31 @@ class RecordingRunner(GPUModelRunner):
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
+        if config.source == "graphs" and not current_platform.is_cuda():
+            raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
         self.use_aux_hidden_state_outputs = config.source == "aux"
         super().load_model(*args, **kwargs)
         model, model_config = self.get_model(), self.model_config
         if self.use_aux_hidden_state_outputs:
             self.source: Source = Auxiliary(model, config.points)
         else:
-            self.source = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
+            self.source = self.tap = tap = Tap(model, model_config.get_total_num_hidden_layers(), config.custom)
             self.edit = Edit(config.edit, tap, model) if config.edit else None
         if get_tp_group().rank_in_group != 0:
             return  # the residual stream is the same on every rank: the first one records
-        self.recorder = Recorder(
-            config,
-            self.source,
-            model_config.dtype,
-            DTYPE_CODES[str(model_config.dtype).removeprefix("torch.")],
-            model_config.get_hidden_size(),
-            CudaLane() if current_platform.is_cuda() else Lane(),
-        )
+        hidden, dtype = model_config.get_hidden_size(), model_config.dtype
+        if config.source == "graphs":
+            n_rows = self.compilation_config.max_cudagraph_capture_size
+            self.source = Graphs(tap, config.points, n_rows, hidden, dtype, self.device)
+        lane = CudaLane() if current_platform.is_cuda() else Lane()
+        code = DTYPE_CODES[str(dtype).removeprefix("torch.")]
+        self.recorder = Recorder(config, self.source, dtype, code, hidden, lane)
+
+    def capture_model(self) -> Any:
+        """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed."""
+        if isinstance(self.source, Graphs):
+            return self.source.record(super().capture_model)
+        return super().capture_model()
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         """vLLM's choice of auxiliary layers, which is a drafter's, is not wanted: `Auxiliary` makes its own."""
@@ -69,15 +79,22 @@ class RecordingRunner(GPUModelRunner):
         split = get_tp_group().world_size > 1
 
         def forward() -> Any:
-            # Attention too where ranks are compared: what it leaves in memory if it does not run is the same on all.
-            return self._dummy_run(1, force_attention=split)
+            # A token from the middle: the first is often padding, of which all that is computed may be nought. Attention
+            # too where ranks are compared: what it leaves in memory if it does not run may be the same on all.
+            self.input_ids.gpu[:1] = self.model_config.get_vocab_size() // 2
+            try:
+                return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
+            finally:
+                self.input_ids.gpu[:1] = 0
 
-        if isinstance(self.source, Tap):
+        if self.tap is None:
+            forward()
+        else:
             points = msgspec.convert(self.vllm_config.additional_config[XARG], Config).points
             hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self.source.probe(points, forward, 1, hidden, dtype, by_rank if split else None)
+            self.tap.probe(points, forward, 1, hidden, dtype, by_rank if split else None)
         if self.edit is not None:
-            self.source.run((), nowhere, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
+            self.source.run(None, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
@@ -105,10 +122,9 @@ class RecordingRunner(GPUModelRunner):
             forward = partial(self.edit.run, rows, input_ids.shape[0], recorder.fail, forward)
         elif step is None:
             return forward()
-        if step is None:
-            return self.source.run((), nowhere, forward)
-        output = self.source.run(step.points, step.receive, forward)
-        recorder.hand_over(step, input_ids)
+        output = self.source.run(step, forward)
+        if step is not None:
+            recorder.hand_over(step, input_ids)
         return output
 
     def _batch(self, scheduled: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -120,10 +136,6 @@ class RecordingRunner(GPUModelRunner):
 def by_rank(value: torch.Tensor) -> torch.Tensor:
     """What each tensor-parallel rank has: [ranks, *value's shape]. All ranks call this together."""
     return get_tp_group().all_gather(value[None], dim=0)
-
-
-def nowhere(i: int, read: object) -> None:
-    """The receiver of a pass without points."""
 
 
 def refuse(request: str, reason: str) -> None:

@@ -10,12 +10,11 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from episodes.errors import BadInput
-from episodes.wire import Tokens
+from episodes.wire import CaptureSource, Tokens
 
 XARG = "tautap"
 
@@ -24,7 +23,8 @@ class Config(msgspec.Struct, frozen=True):
     """The recorder's share of vLLM's `additional_config`, under the key `tautap`.
 
     points, tokens: what is recorded of a call that names none. custom: as in `episodes.points.Points`. source: where
-    values come from, `nnsight`'s observers or vLLM's own `aux`iliary hidden states. edit: `file.py:function`, or none.
+    values come from: `nnsight`'s observers, these inside CUDA `graphs`, or vLLM's own `aux`iliary hidden states. edit:
+    `file.py:function`, or none.
     """
 
     spool_dir: str
@@ -33,7 +33,7 @@ class Config(msgspec.Struct, frozen=True):
     points: list[str]
     custom: dict[str, str] = {}
     tokens: Tokens = "all"
-    source: Literal["nnsight", "aux"] = "nnsight"
+    source: CaptureSource = "nnsight"
     edit: str = ""
 
 

@@ -28,7 +28,7 @@ from worker.edit import Rows
 from worker.metrics import Metrics
 from worker.orders import XARG, Config, Order
 from worker.spool import SpoolFile, refuse, used_bytes
-from worker.tap import Receive, Stream
+from worker.tap import Stream
 
 logger = logging.getLogger("tautap.recorder")
 
@@ -44,8 +44,8 @@ class Source(Protocol):
     def watch(self, point: str) -> None:
         """UnknownPoint if there is no such point."""
 
-    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns; `receive(i, read)` is called with a way to read the i-th point."""
+    def run(self, step: Step | None, forward: Callable[[], Any]) -> Any:
+        """What `forward`, one pass of the model, returns; the step receives the values at its points."""
 
 
 class Captured(NamedTuple):
@@ -90,6 +90,11 @@ class Step(NamedTuple):
                 stream.write(column.narrow(0, at, stop - start), start, stop)
         except Exception as error:  # whatever a model's module hands out must not end the engine
             self.errors.append(f"{self.points[i]}: {error}")
+
+    def receive_all(self, values: Tensor) -> None:
+        """The same of all points at once. values: [batch rows, points, hidden]"""
+        for start, stop, at in self.stretches:
+            self.slab.narrow(0, at, stop - start).copy_(values.narrow(0, start, stop - start))
 
 
 class Lane:

@@ -210,7 +210,7 @@ class About:
         model = vllm_config.model_config
         self.config = msgspec.convert(vllm_config.additional_config[XARG], Config)
         self.model = str(model.served_model_name)
-        only = self.config.points if self.config.source == "aux" else None
+        only = None if self.config.source == "nnsight" else self.config.points
         self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom, only)
         self.hidden_size = int(model.get_hidden_size())
         self.dtype = str(model.dtype).removeprefix("torch.")

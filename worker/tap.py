@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from nnsight.intervention.interleaver import Interleaver
@@ -40,6 +40,10 @@ class Stream(NamedTuple):
     hidden: Tensor
     residual: Tensor | None = None
 
+    @property
+    def n_rows(self) -> int:
+        return len(_flat(self.hidden))
+
     def write(self, into: Tensor, start: int, stop: int) -> None:
         """Rows start to stop into a [stop - start, hidden] slice, at once: fused norms overwrite both parts soon."""
         hidden = _flat(self.hidden).narrow(0, start, stop - start)
@@ -50,7 +54,16 @@ class Stream(NamedTuple):
 
 
 Read = Callable[[Any], Stream]
-Receive = Callable[[int, Callable[[], Stream]], None]
+
+
+class Sink(Protocol):
+    """Where the values of one pass go."""
+
+    @property
+    def points(self) -> tuple[str, ...]: ...
+
+    def receive(self, i: int, read: Callable[[], Stream]) -> None:
+        """The pass is at the i-th point: `read()` gives the value there, or raises what an odd one makes it raise."""
 
 
 class Location:
@@ -138,6 +151,7 @@ class Tap(Interleaver):
         self._custom = custom or {}
         self._watched: dict[str, Watch] = {}
         self._receive: dict[str, list[Callable[[Any], None]]] = {}
+        self.reached = False  # whether the last pass came by any of its points
 
     @property
     def family(self) -> str:
@@ -198,14 +212,13 @@ class Tap(Interleaver):
             return f"{path or self.family} has {', '.join(name for name, _ in module.named_children())}"
         return ""
 
-    def run(self, points: Iterable[str], receive: Receive, forward: Callable[[], Any]) -> Any:
-        """What `forward` returns; `receive(i, read)` is called as the pass reaches the i-th point.
-
-        `read()` gives the value there, or raises what an odd one makes it raise.
-        """
-        for i, point in enumerate(points):
-            watch = self._watched[point]
-            self._receive.setdefault(watch.provider, []).append(_route(i, watch.read, receive))
+    def run(self, sink: Sink | None, forward: Callable[[], Any]) -> Any:
+        """What `forward` returns; the sink receives each of its points as the pass reaches it."""
+        if sink is not None:
+            for i, point in enumerate(sink.points):
+                watch = self._watched[point]
+                self._receive.setdefault(watch.provider, []).append(_route(i, watch.read, sink))
+        self.reached = False
         self.interleaving = self.busy = True
         try:
             return forward()
@@ -221,6 +234,7 @@ class Tap(Interleaver):
         if self.mediators:
             value = super().handle(provider, value)
         for receive in self._receive.get(provider, ()):
+            self.reached = True
             receive(value)
         return value
 
@@ -306,5 +320,5 @@ def _hook(watch: Watch, receive: Callable[[Stream], None]) -> RemovableHandle:
     )
 
 
-def _route(i: int, read: Read, receive: Receive) -> Callable[[Any], None]:
-    return lambda value: receive(i, partial(read, value))
+def _route(i: int, read: Read, sink: Sink) -> Callable[[Any], None]:
+    return lambda value: sink.receive(i, partial(read, value))

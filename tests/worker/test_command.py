@@ -96,6 +96,7 @@ def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags, says
     assert settled([model, "-pp", "1", "--tensor-parallel-size", "2", "--distributed-executor-backend=mp"], tmp_path)
 
 
+FULL = '{"cudagraph_mode": "FULL", "mode": 3}'
 EDITS = """
 import os
 def steer(model): ...
@@ -107,6 +108,10 @@ def odd(model, rows, more): ...
 def test_a_compiled_model_is_not_made_eager_and_an_edit_is_found_from_anywhere(model, tmp_path, monkeypatch):
     command, additional = settled([model, "--capture-source", "aux"], tmp_path)
     assert "--enforce-eager" not in command and additional["tautap"]["source"] == "aux"
+    command, additional = settled([model, "--capture-source", "graphs", "--compilation-config", FULL], tmp_path)
+    compilation = json.loads(command[command.index("--compilation-config") + 1])
+    assert "--enforce-eager" not in command and compilation == {"cudagraph_mode": "FULL", "mode": 0}
+    assert additional["tautap"]["source"] == "graphs" and command.count("--compilation-config") == 1
     (tmp_path / "edits.py").write_text(EDITS)
     monkeypatch.chdir(tmp_path)
     for function in ("steer", "told"):
@@ -118,7 +123,8 @@ def test_a_compiled_model_is_not_made_eager_and_an_edit_is_found_from_anywhere(m
     ("arguments", "says"),
     [
         (["--capture-source", "aux", "--hook-points", "output,attn"], "layers.<n>.output only, not layers.8.attn"),
-        (["--capture-source", "aux", "--edit", "{}/edits.py:steer"], "inside a compiled model"),
+        (["--capture-source", "aux", "--edit", "{}/edits.py:steer"], "inside a graph or a compiled model"),
+        (["--capture-source", "graphs", "--edit", "{}/edits.py:steer"], "inside a graph"),
         (["--edit", "{}/edits.py:steer", "-tp", "2"], "--tensor-parallel-size"),
         (["--edit", "{}/edits.py:nobody"], "no function 'nobody', only steer, told, odd"),
         (["--edit", "{}/edits.py:odd"], r"must take \(model\) or \(model, rows\)"),

@@ -54,10 +54,15 @@ class Rig:
         torch.manual_seed(0)
         self.model = Toy()
         self.tap = Tap(self.model, N_LAYERS)
+        self.source = self.observe(list(points))
         self.spool = tmp_path / "spool"
         prepare(self.spool)
         config = Config(str(self.spool), spool_bytes, buffer_bytes, list(points))
-        self.recorder = Recorder(config, self.tap, torch.float32, "F32", HIDDEN, Lane())
+        self.recorder = Recorder(config, self.source, torch.float32, "F32", HIDDEN, Lane())
+
+    def observe(self, points):
+        """The source of what is recorded."""
+        return self.tap
 
     def admit(self, request, call, prompt, points=("layers.0.output",), first_choice=0, tokens="all"):
         order = {"call": call, "points": list(points), "first_choice": first_choice, "tokens": tokens}
@@ -70,7 +75,7 @@ class Rig:
             step = self.recorder.plan([(r, start, len(tokens)) for r, start, tokens in batch], ids.device)
             if step is None:
                 return self.model(ids)
-            output = self.tap.run(step.points, step.receive, lambda: self.model(ids))
+            output = self.source.run(step, lambda: self.model(ids))
             self.recorder.hand_over(step, ids)
             return output
 
@@ -237,7 +242,7 @@ def test_a_value_that_cannot_be_read_ends_the_capture_and_not_the_step(tmp_path)
     def forward():
         return rig.tap.handle(next(iter(rig.tap._receive)), ((), {}))
 
-    assert rig.tap.run(step.points, step.receive, forward) == ((), {})
+    assert rig.tap.run(step, forward) == ((), {})
     rig.recorder.hand_over(step, torch.tensor([1], dtype=torch.int32))
     assert "missing a required argument" in rig.reason("ca")
 
