@@ -140,7 +140,10 @@ class Workers:
             n += 1
             all_of_them = n % round(UP_S / DOWN_S) == 0
             due = [w for w in self._fleet.workers if all_of_them or not self._fleet.up(w)]
-            await asyncio.gather(*map(self._look, due))
+            try:
+                await asyncio.gather(*map(self._look, due))
+            except Exception:  # whatever it is, the next look may find them well
+                logger.exception("the workers could not be looked after")
 
     async def _look(self, worker: Upstream) -> None:
         """See whether a worker can be given calls."""

@@ -79,8 +79,8 @@ class RecordingRunner(GPUModelRunner):
         split = get_tp_group().world_size > 1
 
         def forward() -> Any:
-            # A token from the middle: the first is often padding, of which all that is computed may be nought. Attention
-            # too where ranks are compared: what it leaves in memory if it does not run may be the same on all.
+            # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too
+            # where ranks are compared: what it leaves in memory if it does not run may be the same on all.
             self.input_ids.gpu[:1] = self.model_config.get_vocab_size() // 2
             try:
                 return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
