@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,12 @@ def backend_options(command: Callable[..., Any]) -> Callable[..., Any]:
         command,
         [
             click.option(
-                "--backend", required=True, metavar="URL", help="The worker: http://127.0.0.1:8001, or unix:PATH."
+                "--backend",
+                "backends",
+                required=True,
+                multiple=True,
+                metavar="URL",
+                help="The worker: http://127.0.0.1:8001, or unix:PATH. Given again: more workers of the same model.",
             ),
             click.option(
                 "--backend-key-file",
@@ -155,13 +160,13 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command(context_settings={"show_default": True})
 @backend_options
 @proxy_options
-def proxy(backend: str, **options: Any) -> None:
+def proxy(backends: tuple[str, ...], **options: Any) -> None:
     """Serve the OpenAI API and record every call.
 
-    Requests go to the worker at --backend; what it answers goes to the client. On SIGTERM the proxy finishes what is
-    under way and seals every episode, within --drain-s.
+    Requests go to the worker at --backend, of several an episode's to the same; what it answers goes to the client. On
+    SIGTERM the proxy finishes what is under way and seals every episode, within --drain-s.
     """
-    config = settle(backend, options)
+    config = settle(backends, options)
     asyncio_run(_proxy(config), config.log_format)
 
 
@@ -184,7 +189,7 @@ def top_command(url: str, key: str, every_s: float) -> None:
 @cli.command("backfill")
 @click.argument("run", type=click.Path(path_type=Path))
 @backend_options
-def backfill_command(run: Path, **options: Any) -> None:
+def backfill_command(run: Path, backends: tuple[str, ...], **options: Any) -> None:
     """Run again what calls lack rows of, and store the rows.
 
     RUN is a directory that no proxy is writing; --backend is a worker of the same model. Every position that a call
@@ -193,7 +198,8 @@ def backfill_command(run: Path, **options: Any) -> None:
     """
     from proxy.backfill import backfill
 
-    done = asyncio_run(backfill(Layout(run), Config(data=run.parent, run=run.name, **options)))
+    config = Config(**_backends(backends), data=run.parent, run=run.name, **options)
+    done = asyncio_run(backfill(Layout(run), config))
     for call, reason in done.left.items():
         click.echo(f"call {call}: {reason}")
     click.echo(f"{done.n_rows:,} rows of {done.n_calls} calls filled, {len(done.left)} calls left without")
@@ -225,7 +231,7 @@ def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> N
     """
     from proxy.up import greet, run_stack
 
-    config = settle(f"http://127.0.0.1:{worker_port}", options)
+    config = settle([f"http://127.0.0.1:{worker_port}"], options)
     worker = _worker(worker_arguments, worker_port)
     running = run_stack(config, worker, os.environ, partial(greet, config))
     sys.exit(asyncio_run(running, config.log_format))
@@ -289,7 +295,7 @@ def bench(
         options["run"] = options["run"] or run
     elif options["keys"] and key == "none":
         key = next(iter(options["keys"].values()))
-    config = settle(f"http://127.0.0.1:{port}", options)
+    config = settle([f"http://127.0.0.1:{port}"], options)
     benchmark = Benchmark.at(tau_bench, python, sys.executable)
     evals = plan(flags, matrix, config, benchmark, own=not base_url)
     running = Bench(benchmark, evals, at_once, key, dict(os.environ))
@@ -310,7 +316,15 @@ def _given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def settle(backend: str, options: dict[str, Any]) -> Config:
+def _backends(given: Sequence[str]) -> dict[str, Any]:
+    """Where the workers are, as a Config has it."""
+    first, *others = given
+    if twice := [address for i, address in enumerate(given) if address in given[:i]]:
+        raise BadInput(f"--backend {twice[0]} is given twice")
+    return {"backend": first, "others": tuple(others)}
+
+
+def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
     """The proxy's Config out of its command line."""
     aliases = {}
     for pair in options.pop("alias"):
@@ -327,7 +341,7 @@ def settle(backend: str, options: dict[str, Any]) -> Config:
         )
     timeouts = Timeouts(*(options.pop(f"{name}_timeout_s") for name in ("connect", "first_byte", "idle", "total")))
     return Config(
-        backend=backend,
+        **_backends(backends),
         aliases=aliases,
         capture=capture,
         run=run,
@@ -368,7 +382,7 @@ async def _proxy(config: Config) -> None:
     waiting = asyncio.create_task(ready.wait())
     await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
     if ready.is_set():
-        click.echo(f"tautap: {config.url}/v1 → {config.backend}, run {config.data / config.run}")
+        click.echo(f"tautap: {config.url}/v1 → {', '.join(config.backends)}, run {config.data / config.run}")
     waiting.cancel()
     await serving
 

@@ -20,9 +20,11 @@ from proxy.config import Config
 
 logger = logging.getLogger("tautap.proxy")
 
+CLAIMS_AT_ONCE = 16
 CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
 METRICS_S = 2.0
+HEALTH_S = 10.0
 CHUNK = 1 << 20
 
 
@@ -47,23 +49,28 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class Backend:
-    """Requests of the proxy's own to the worker. `url` is its base, `headers` what it wants to see."""
+    """Requests of the proxy's own to a worker: the one at the configuration's `backend`, which is its `address`. `url`
+    is the base of requests, `headers` what it wants to see.
+    """
 
     def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
+        self.address = config.backend
         self.url = Address.parse(config.backend).url
         self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
         self._session = session
         self._timeout_s = config.claim_timeout_s
         self._spool_dir = config.spool_dir
         self._in_sight = True
-        self._foreign = False
+        # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
+        self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
+        self.foreign = False
         self.model: Model | None = None
 
     async def capabilities(self) -> Model | None:
         """What the worker records; None while it cannot be reached and for a backend that is not ours. WorkerFailed if
         it does not know us: it would record nothing, and say so to every client.
         """
-        if self.model is None and not self._foreign:
+        if self.model is None and not self.foreign:
             try:
                 async with self._session.get(f"{self.url}/v1/capabilities", headers=self.headers) as reply:
                     body = await reply.read()
@@ -75,12 +82,17 @@ class Backend:
                 self.model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
             except msgspec.MsgspecError:
                 self.model = None
-            self._foreign = self.model is None and reply.status < 500
+            self.foreign = self.model is None and reply.status < 500
         return self.model
 
+    def forget_model(self) -> None:
+        """Ask anew what it records: it may have been started again with something else."""
+        self.model, self.foreign = None, False
+
     async def ready(self) -> bool:
+        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
         try:
-            async with self._session.get(f"{self.url}/health", headers=self.headers) as reply:
+            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=timeout) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -96,6 +108,10 @@ class Backend:
 
     async def claim(self, call: str, into: Path) -> None:
         """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had."""
+        async with self._slots:
+            await self._claim(call, into)
+
+    async def _claim(self, call: str, into: Path) -> None:
         deadline = time.monotonic() + self._timeout_s
         trouble = "the worker had not finished it"
         while time.monotonic() < deadline:
@@ -106,6 +122,16 @@ class Backend:
                 trouble = f"the worker could not be reached: {error or type(error).__name__}"
                 await asyncio.sleep(RETRY_S)
         raise CaptureLost(f"not claimed in {self._timeout_s:.0f} s: {trouble}")
+
+    async def holds(self, call: str) -> bool:
+        """Whether the worker knows of a call; False if it does not answer."""
+        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
+        url = f"{self.url}/v1/activations/{call}"
+        try:
+            async with self._session.get(url, params={"as": "recipe"}, headers=self.headers, timeout=timeout) as reply:
+                return reply.status in (200, 202, 410)
+        except (aiohttp.ClientError, TimeoutError):
+            return False
 
     async def compute(self, model: str, prompt: list[int], capture: Capture) -> None:
         """Run a prompt of token ids for its rows alone; CaptureLost, with the reason, if the worker does not."""

@@ -17,9 +17,8 @@ from episodes.records import Call
 from episodes.store import Store
 from episodes.taubench import DIALECT
 from episodes.wire import Capture
-from proxy.address import session
-from proxy.backend import Backend
 from proxy.config import Config
+from proxy.workers import Workers
 
 logger = logging.getLogger("tautap.proxy")
 
@@ -36,9 +35,9 @@ class Filled:
 class Backfill:
     """Fills the holes of a run, one at a time. on_disk: runs work of the store where the store's work is done."""
 
-    def __init__(self, store: Store, backend: Backend, on_disk: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]]) -> None:
         self._store = store
-        self._backend = backend
+        self._workers = workers
         self._on_disk = on_disk
 
     async def fill(self, calls: Iterable[Call]) -> Filled:
@@ -69,15 +68,16 @@ class Backfill:
     async def _run_again(self, hole: Hole) -> int:
         capture = Capture(f"c-{uuid.uuid4().hex[:16]}", uuid.uuid4().hex, tuple(hole.call.points), hole.tokens)
         draft = self._store.draft(capture.call)
+        backend = self._workers.idlest
         started = time.time()
         try:
-            await self._backend.compute(hole.call.model, hole.prompt, capture)
-            await self._backend.claim(capture.call, draft)
+            await backend.compute(hole.call.model, hole.prompt, capture)
+            await backend.claim(capture.call, draft)
             filler = hole.filler(capture.call, started, time.time())
             stored: Call = await self._on_disk(self._store.fill, filler, draft)
         finally:
             await asyncio.to_thread(draft.unlink, missing_ok=True)
-            await self._backend.forget(capture.call)
+            await backend.forget(capture.call)
         return stored.n_kept
 
 
@@ -89,15 +89,14 @@ async def backfill(layout: Layout, config: Config) -> Filled:
     """
     if not layout.run.exists():
         raise BadRun(f"{layout.root} is not a run: it has no run.json")
-    async with session(config) as connections:
-        backend = Backend(config, connections)
-        model = await backend.capabilities()
+    async with Workers.run(config) as workers:
+        model = await workers.capabilities()
         if model is None:
-            raise BadInput(f"--backend {config.backend}: no worker of tautap's answers there")
+            raise BadInput(f"--backend {', '.join(config.backends)}: no worker of tautap's answers there")
         store = await asyncio.to_thread(Store, layout)
         try:
             await asyncio.to_thread(store.describe, model)
-            done = await Backfill(store, backend, asyncio.to_thread).fill(store.calls())
+            done = await Backfill(store, workers, asyncio.to_thread).fill(store.calls())
             await asyncio.to_thread(store.seal_all, DIALECT)
             await asyncio.to_thread(store.roll)
         finally:

@@ -14,26 +14,30 @@ from proxy.exchange import Exchange
 from proxy.recorder import Recording
 from proxy.refusals import status
 from proxy.replies import answer, break_off
-from proxy.upstream import REQUEST_HEADERS, Reply, Upstream, passed
+from proxy.upstream import REQUEST_HEADERS, Reply, passed
+from proxy.workers import Lease
 
 GONE = "the client left before the end of the reply"
 STOPPED = "the proxy had to stop before the end of the reply"
 
 
 class Generation:
-    """One call. in_full: its reply ends only when all of it is recorded."""
+    """One call. lease: its way to a worker. in_full: its reply ends only when all of it is recorded."""
 
-    def __init__(self, request: web.Request, exchange: Exchange, recording: Recording, in_full: bool) -> None:
+    def __init__(
+        self, request: web.Request, exchange: Exchange, recording: Recording, lease: Lease, in_full: bool
+    ) -> None:
         self._request = request
         self._exchange = exchange
         self._recording = recording
+        self._lease = lease
         self._in_full = in_full
         self._told = False
         self._recorded = False
         self._reply = web.StreamResponse()
 
-    async def run(self, upstream: Upstream, body: bytes) -> web.StreamResponse:
-        """Have the worker answer, and the client have it; returns the reply. body: what the worker is sent."""
+    async def run(self, body: bytes) -> web.StreamResponse:
+        """Have a worker answer, and the client have it; returns the reply. body: what the worker is sent."""
         request, exchange = self._request, self._exchange
         self._recording.begin(exchange.call())
         headers = passed(request.headers, REQUEST_HEADERS) | {"X-Request-Id": exchange.id}
@@ -42,7 +46,7 @@ class Generation:
         exchange.watch.pause()
         try:
             query = request.rel_url.raw_query_string
-            async with upstream.ask("POST", exchange.endpoint, query, headers, body) as reply:
+            async with self._lease.ask("POST", exchange.endpoint, query, headers, body) as reply:
                 exchange.first_byte = time.time()
                 exchange.refused = reply.status != 200
                 if reply.content_type == "text/event-stream":
@@ -123,4 +127,5 @@ class Generation:
         if not self._recorded:
             self._recorded = True
             exchange = self._exchange
-            self._recording.record(exchange.call(), exchange.claimable, exchange.foreign, exchange.watch.seconds)
+            holder = self._lease.backend if exchange.claimable else None
+            self._recording.record(exchange.call(), holder, exchange.foreign, exchange.watch.seconds)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from episodes.records import Call
-from proxy.backend import Backend
 
 PREFIX = "tautap_proxy_"
 QUICK_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
@@ -27,6 +27,15 @@ WORKERS = {
 WORKERS_LINE = re.compile(rb"^tautap_(\w+) (\S+)$", re.MULTILINE)
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of no use here
+
+
+class Seen(NamedTuple):
+    """A worker: whether it is given calls, how many are under way there, and its own metrics if it answers."""
+
+    address: str
+    up: bool
+    n_calls: int
+    metrics: bytes
 
 
 class Watch:
@@ -69,7 +78,9 @@ class Metrics:
         self._whole = self._histogram("call_seconds", "From a call to its reply's end.", SLOW_S)
         self.claim = self._histogram("claim_seconds", "From a reply's end until its activations were here.", SLOW_S)
         self.commit = self._histogram("commit_seconds", "From then until they were on disk for good.", QUICK_S)
-        self._workers = {name: Gauge(PREFIX + name, said, registry=self._registry) for name, said in WORKERS.items()}
+        self._up = self._gauge("worker_up", "Whether the worker is given calls.")
+        self._at_worker = self._gauge("worker_calls", "Calls under way at the worker.")
+        self._workers = {name: self._gauge(name, said) for name, said in WORKERS.items()}
 
     def look_up(self, name: str, said: str, value: Callable[[], float]) -> None:
         """Show under this name what the function says at the time."""
@@ -101,12 +112,18 @@ class Metrics:
             self._reasons.add(kind)
         self._failed.labels(kind).inc()
 
-    def exposition(self, worker: bytes) -> bytes:
-        """All of it. worker: the worker's own, of which some is shown; NaN if it does not answer."""
-        found = dict(WORKERS_LINE.findall(worker))
-        for name, gauge in self._workers.items():
-            gauge.set(float(found.get(name.encode(), "nan")))
+    def exposition(self, workers: Iterable[Seen]) -> bytes:
+        """All of it. Of a worker's own metrics some are shown, as NaN if it does not answer."""
+        for worker in workers:
+            self._up.labels(worker.address).set(worker.up)
+            self._at_worker.labels(worker.address).set(worker.n_calls)
+            found = dict(WORKERS_LINE.findall(worker.metrics))
+            for name, gauge in self._workers.items():
+                gauge.labels(worker.address).set(float(found.get(name.encode(), "nan")))
         return generate_latest(self._registry)
+
+    def _gauge(self, name: str, said: str) -> Gauge:
+        return Gauge(PREFIX + name, said, ["worker"], registry=self._registry)
 
     def _counter(self, name: str, said: str, *labels: str) -> Counter:
         return Counter(PREFIX + name, said, labels, registry=self._registry)
@@ -116,10 +133,11 @@ class Metrics:
 
 
 METRICS = web.AppKey("metrics", Metrics)
-BACKEND = web.AppKey("backend", Backend)
+# What looks at the workers.
+SEEN = web.AppKey[Callable[[], Awaitable[list[Seen]]]]("seen")
 
 
 async def answer(request: web.Request) -> web.Response:
     """`GET /metrics`."""
-    body = request.app[METRICS].exposition(await request.app[BACKEND].metrics())
+    body = request.app[METRICS].exposition(await request.app[SEEN]())
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})

@@ -41,10 +41,10 @@ from proxy.config import Config
 from proxy.metrics import Metrics
 from proxy.notes import Notes
 from proxy.together import Together
+from proxy.workers import Workers
 
 logger = logging.getLogger("tautap.proxy")
 
-CLAIMS_AT_ONCE = 16
 PENDING_LIMIT = 4096
 SETTLE_S = 30.0
 AGAIN_S = 1.0
@@ -58,20 +58,19 @@ STOPPED = "the proxy had to stop before they were claimed"
 T = TypeVar("T")
 # How many positions of a call are stored, shared with an earlier call, or missing.
 Rows = Counter[str]
+# Who has a call's activations: the worker that served it, or any of them.
+Holder = Backend | Workers
 
 
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
-    def __init__(
-        self, store: Store, backend: Backend, slots: asyncio.Semaphore, config: Config, metrics: Metrics
-    ) -> None:
+    def __init__(self, store: Store, workers: Workers, config: Config, metrics: Metrics) -> None:
         self._config = config
         self._metrics = metrics
         self._cast = Cast(DIALECT)
         self._store = store
-        self._backend = backend
-        self._slots = slots
+        self._workers = workers
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="tautap-store")
         self._plain = Together(store.append, self._disk)
         self._notes = Notes(store)
@@ -79,8 +78,9 @@ class Recording:
         self._family = f"{store.run.run}/{store.run.created!r}/"
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
-        self._backfill = Backfill(store, backend, self._on_disk) if config.backfill else None
-        self.described = False
+        self._backfill = Backfill(store, workers, self._on_disk) if config.backfill else None
+        # Those who have been heard of, and asked what they hold for proxies before this one.
+        self._greeted: set[Backend] = set()
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -98,11 +98,9 @@ class Recording:
         self._looked_at = 0.0
 
     @classmethod
-    async def open(
-        cls, layout: Layout, config: Config, backend: Backend, slots: asyncio.Semaphore, metrics: Metrics
-    ) -> Recording:
+    async def open(cls, layout: Layout, config: Config, workers: Workers, metrics: Metrics) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, backend, slots, config, metrics)
+        recording = cls(store, workers, config, metrics)
         live = await asyncio.to_thread(store.history.unsealed)
         recording._cast.replay([*live, *store.left])
         await recording._look()
@@ -111,37 +109,41 @@ class Recording:
         return recording
 
     def _recover(self) -> None:
-        """Take up what a proxy that died left. What it had not claimed, the worker may still hold."""
+        """Take up what a proxy that died left. What it had not claimed, one of the workers may still hold."""
         for line in self._store.recovered:
             logger.warning("%s: %s", self._store.layout.root, line)
         left, self._store.left = self._store.left, []
         for call in left:
             logger.warning("call %s: %s", call.id, call.error, extra=logs.about(call))
             self._expect(call.thread)
-            self.record(call, bool(call.points), {})
+            self.record(call, self._workers if call.points else None, {})
+
+    @property
+    def described(self) -> bool:
+        """Whether `describe` has nothing to do."""
+        return bool(self._greeted) and self._workers.known <= self._greeted
 
     async def describe(self) -> None:
-        """Note the worker's model as soon as it is known; WrongModel if the run was recorded with another."""
-        if self.described:
-            return
-        model = await self._backend.capabilities()
-        if model is not None:
+        """Note the workers' model as soon as it is known; WrongModel if the run was recorded with another."""
+        model = await self._workers.capabilities()
+        for backend in self._workers.known - self._greeted:
+            assert model is not None
             await self._on_disk(self._store.describe, model)
-            self.described = True
-            await self._forget_left()
+            self._greeted.add(backend)
+            await self._forget_left(backend)
 
-    async def _forget_left(self) -> None:
-        """Let the worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
+    async def _forget_left(self, backend: Backend) -> None:
+        """Let a worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
         calls so young that nothing was noted of them.
         """
-        for held in await self._backend.waiting():
+        for held in await backend.waiting():
             ours = held.salt.startswith(self._family) and not held.salt.startswith(f"{self._family}{self._start}.")
             if ours and held.call not in self._tasks:
-                await self._backend.forget(held.call)
+                await backend.forget(held.call)
 
     @property
     def salt(self) -> str:
-        """What calls of this run may share cached blocks under: when a row is lost, a new epoch begins."""
+        """What calls of this run may share cached blocks under: a lost row begins a new epoch, at all workers."""
         return f"{self._family}{self._start}.{self._n_lost}"
 
     @property
@@ -233,14 +235,14 @@ class Recording:
         """The call at `place` is over, for its conversation to go on; no replies if it failed."""
         self._cast.replied(place, replies)
 
-    def record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None = None) -> None:
-        """Take a finished call, whatever became of it. claim: the worker may have activations of it. added_s: how long
-        the proxy itself was at it; None for a call of a proxy that died.
+    def record(self, call: Call, holder: Holder | None, foreign: JSON, added_s: float | None = None) -> None:
+        """Take a finished call, whatever became of it. holder: who may have activations of it. added_s: how long the
+        proxy itself was at it; None for a call of a proxy that died.
         """
-        self._tasks[call.id] = task = asyncio.create_task(self._record(call, claim, foreign, added_s))
+        self._tasks[call.id] = task = asyncio.create_task(self._record(call, holder, foreign, added_s))
         task.add_done_callback(lambda _: self._tasks.pop(call.id))
 
-    async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None) -> str | None:
+    async def _record(self, call: Call, holder: Holder | None, foreign: JSON, added_s: float | None) -> str | None:
         """Record a call; returns why it is not, if it could not be."""
         if self._config.durability == "async":
             await asyncio.sleep(BEHIND_S)
@@ -248,11 +250,11 @@ class Recording:
             self._metrics.ended(call, added_s)
         try:
             await self._notes.written(call.id)
-            call, rows = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
+            call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None)
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
             logs.recorded(self._store.run.run, call, rows)
-            if claim:
-                await self._backend.forget(call.id)
+            if holder is not None:
+                await holder.forget(call.id)
             return None
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
@@ -266,14 +268,14 @@ class Recording:
             if not any(self._pending.values()):
                 self._settled.set()
 
-    async def _stored(self, call: Call, claim: bool, foreign: bytes | None) -> tuple[Call, Rows]:
+    async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None) -> tuple[Call, Rows]:
         """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
         tried again; once more when the proxy stops, then OSError.
         """
         while True:
             last = self._closing.is_set()
             try:
-                claimed = await self._claim(call) if claim else call
+                claimed = call if holder is None else await self._claim(call, holder)
                 with self._metrics.commit.time():
                     return await self._put(claimed, foreign)
             except OSError as error:
@@ -287,26 +289,25 @@ class Recording:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), AGAIN_S)
 
-    async def _claim(self, call: Call) -> Call:
+    async def _claim(self, call: Call, holder: Holder) -> Call:
         """Fetch a call's activations, unless a proxy before this one has."""
         draft = self._store.draft(call.id)
         with self._metrics.claim.time():
-            async with self._slots:
-                try:
-                    if not await asyncio.to_thread(draft.exists):
-                        await self._fetch(call.id, draft)
-                except CaptureLost as error:
-                    return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
-                except TautapError as error:
-                    return self._lost(call, str(error))
-                except BaseException:
-                    await asyncio.to_thread(draft.unlink, missing_ok=True)
-                    raise
+            try:
+                if not await asyncio.to_thread(draft.exists):
+                    await self._fetch(call.id, holder, draft)
+            except CaptureLost as error:
+                return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
+            except TautapError as error:
+                return self._lost(call, str(error))
+            except BaseException:
+                await asyncio.to_thread(draft.unlink, missing_ok=True)
+                raise
         return call
 
-    async def _fetch(self, call: str, into: Path) -> None:
+    async def _fetch(self, call: str, holder: Holder, into: Path) -> None:
         """The claim itself; CaptureLost also if the proxy has no time left for it."""
-        claim = asyncio.create_task(self._backend.claim(call, into))
+        claim = asyncio.create_task(holder.claim(call, into))
         self._claims.add(claim)
         try:
             await asyncio.wait([claim])
@@ -408,6 +409,7 @@ class Recording:
     def _close(self, group: Group) -> None:
         """Let nothing continue an episode's threads any more: it is to be sealed."""
         self._cast.close(group.threads)
+        self._workers.close([*group.threads, group.episode])
         self._ending.add(group.episode)
         for thread in group.threads:
             self._touched.pop(thread, None)
@@ -465,11 +467,10 @@ class Recording:
 class Recorder:
     """The runs that a proxy writes, opened as they are named, and the task that seals what has gone quiet."""
 
-    def __init__(self, config: Config, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, config: Config, workers: Workers, metrics: Metrics) -> None:
         self.config = config
-        self._backend = backend
+        self._workers = workers
         self._metrics = metrics
-        self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._runs: dict[str, Recording] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._sealing: asyncio.Task[None] | None = None
@@ -503,7 +504,7 @@ class Recorder:
     async def _open(self, name: str) -> None:
         try:
             layout = Layout(self.config.data / name)
-            self._runs[name] = await Recording.open(layout, self.config, self._backend, self._slots, self._metrics)
+            self._runs[name] = await Recording.open(layout, self.config, self._workers, self._metrics)
         finally:
             del self._opening[name]
 

@@ -27,8 +27,6 @@ from episodes.messages import JSON
 from episodes.records import Role
 from episodes.wire import GENERATION_PATHS, Capture, Collect
 from proxy import admin, bodies, metrics, openapi
-from proxy.address import session
-from proxy.backend import Backend
 from proxy.config import TLS, Config
 from proxy.exchange import Exchange
 from proxy.generation import GONE, STOPPED, Generation
@@ -38,7 +36,8 @@ from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
 from proxy.refusals import in_openai_shape, refusal
 from proxy.replies import ID, answer, break_off, given_id, sign
-from proxy.upstream import REQUEST_HEADERS, Upstream, passed
+from proxy.upstream import REQUEST_HEADERS, passed
+from proxy.workers import Workers
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -46,8 +45,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 class Proxy:
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._backend: Backend
-        self._upstream: Upstream
+        self._workers: Workers
         self._recorder: Recorder
         self._in_flight = 0
 
@@ -67,11 +65,10 @@ class Proxy:
         return app
 
     async def _run(self, app: web.Application) -> AsyncIterator[None]:
-        async with session(self._config) as connections:
-            self._backend = app[metrics.BACKEND] = Backend(self._config, connections)
-            self._upstream = Upstream(self._backend, connections, self._config.timeouts)
+        async with Workers.run(self._config) as self._workers:
+            app[metrics.SEEN] = self._workers.seen
             counted = app[metrics.METRICS] = Metrics()
-            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._backend, counted)
+            self._recorder = app[admin.RECORDER] = Recorder(self._config, self._workers, counted)
             try:
                 await self._recorder.start()
                 yield
@@ -85,10 +82,12 @@ class Proxy:
         return web.json_response({"status": "live"})
 
     async def _ready(self, request: web.Request) -> web.Response:
-        ready = await self._backend.ready()
-        return web.json_response(
-            {"status": "ready" if ready else "the worker does not answer"}, status=200 if ready else 503
-        )
+        troubles = await self._workers.troubles()
+        ready = not all(troubles.values())
+        said: JSON = {"status": "ready" if ready else next(iter(troubles.values()))}
+        if len(troubles) > 1:
+            said["workers"] = {address: trouble or "ready" for address, trouble in troubles.items()}
+        return web.json_response(said, status=200 if ready else 503)
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         """Pass a request on to the worker, if it is one of its API's and there is room for one more."""
@@ -114,7 +113,7 @@ class Proxy:
         headers = passed(request.headers, REQUEST_HEADERS)
         reply = web.StreamResponse()
         try:
-            async with self._upstream.ask(
+            async with self._workers.lease().ask(
                 request.method, asked.path, request.rel_url.raw_query_string, headers, body
             ) as upstream:
                 reply = answer(upstream)
@@ -138,9 +137,10 @@ class Proxy:
         await recording.room()
         body = await bodies.read(request, self._config.timeouts.idle_s)
         exchange = self._begin(request, asked.path, body, episode, recording, Watch())
-        generation = Generation(request, exchange, recording, self._config.durability == "sync")
+        lease = self._workers.lease(exchange.place.thread, exchange.place.episode)
+        generation = Generation(request, exchange, recording, lease, self._config.durability == "sync")
         try:
-            return await generation.run(self._upstream, self._translated(exchange.fields, body))
+            return await generation.run(self._translated(exchange.fields, body))
         except asyncio.CancelledError:
             exchange.error = STOPPED if self._recorder.late else GONE
             raise
@@ -184,7 +184,7 @@ class Proxy:
         """What to capture of a call: what it asks for itself, else what is recorded of its role, else the worker's
         default; nothing from a backend that is not ours, which is left to read the asking itself.
         """
-        model, asked = self._backend.model, fields.get("collect_activations")
+        model, asked = self._workers.model, fields.get("collect_activations")
         wanted = self._config.capture.get(role, model.tokens if model else "none")
         if model is None or asked is False or (asked is None and wanted == "none"):
             return None
@@ -196,7 +196,7 @@ class Proxy:
     def _translated(self, fields: JSON | None, body: bytes) -> bytes:
         """The body as the worker should see it: the client's own bytes unless something in them is for us."""
         changed = dict(fields or {})
-        if self._backend.model is not None:
+        if self._workers.model is not None:
             changed.pop("collect_activations", None)
         alias = self._config.aliases.get(str(changed.get("model")))
         if alias is not None:

@@ -39,10 +39,11 @@ TIMED = (
     ("commit", "commit_seconds"),
 )
 STANDING = (
+    ("workers", "worker_up", 1),
     ("calls under way", "in_flight", 1),
     ("episodes not sealed", "episodes_live", 1),
     ("backlog: calls", "queue", 1),
-    ("backlog: MB in the worker's spool", "spool_bytes", MB),
+    ("backlog: MB in the workers' spools", "spool_bytes", MB),
     ("GB of disk left", "disk_free_bytes", 1e9),
 )
 
@@ -67,8 +68,10 @@ class Sample:
         return cls(at, series)
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of the series that have these labels."""
-        return sum(v for n, found, v in self.series if n == PREFIX + name and labels.items() <= found.items())
+        """The sum of the series that have these labels, NaN if none of them is known."""
+        values = [v for n, found, v in self.series if n == PREFIX + name and labels.items() <= found.items()]
+        known = [value for value in values if not math.isnan(value)]
+        return sum(known) if known or not values else math.nan
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """The sum for each value of a label."""

@@ -105,7 +105,7 @@ class Reply:
 
 class Upstream:
     def __init__(self, backend: Backend, session: aiohttp.ClientSession, timeouts: Timeouts) -> None:
-        self._backend = backend
+        self.backend = backend
         self._url = lru_cache(256)(partial(_url, URL(backend.url)))
         self._session = session
         self._timeouts = timeouts
@@ -119,7 +119,7 @@ class Upstream:
         path: plain, as `proxy.paths` lets it through. query: as the client wrote it. headers: beside the worker's key
         """
         url = self._url(path, query)
-        headers = {**headers, **self._backend.headers, "Accept-Encoding": "identity"}
+        headers = {**headers, **self.backend.headers, "Accept-Encoding": "identity"}
         patience = None
         try:
             async with asyncio.timeout(None) as clock:

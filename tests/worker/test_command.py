@@ -48,7 +48,9 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
 
 
 def test_a_users_additional_config_and_port_are_kept(model, tmp_path):
-    command, additional = settled([model, "--additional-config", '{"a": 1}', "--port=9"], tmp_path)
+    dotted = "--compilation_config.cudagraph_mode=NONE"
+    command, additional = settled([model, "--additional_config", '{"a": 1}', "--port=9", dotted], tmp_path)
+    assert "--compilation-config.cudagraph_mode=NONE" in command
     assert additional["a"] == 1 and "tautap" in additional
     assert command.count("--additional-config") == 1 and "--port" not in command and "--port=9" in command
 
@@ -156,7 +158,8 @@ def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
 def run(*arguments, script=None, **env):
     """`tautap worker` with these arguments, in a directory where `broken` is no model."""
     command = [sys.executable, *(("-c", script) if script else ("-m", "proxy", "worker")), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=kept | env)
 
 
 @pytest.mark.parametrize(

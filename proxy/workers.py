@@ -1,0 +1,236 @@
+"""The workers behind a proxy: which there are, which of them can be given calls, and that all of them are the same.
+
+Their rows lie side by side in one run, where a call may refer to rows that another worker computed of the same tokens:
+so all must run one model in one dtype with one spec. A worker that cannot be reached, or is not well, is passed over
+until it is again, and then asked anew what it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from episodes.errors import WorkerFailed, WorkerUnreachable, WrongModel
+from episodes.records import Model
+from proxy.address import session
+from proxy.backend import Backend
+from proxy.config import Config
+from proxy.fleet import Fleet
+from proxy.metrics import Seen
+from proxy.upstream import Reply, Upstream
+
+logger = logging.getLogger("tautap.proxy")
+
+# How often to look after a worker that is down, and after one that is up.
+DOWN_S, UP_S = 1.0, 5.0
+ALIKE = ("model", "dtype", "hidden_size", "n_layers", "edit", "source", "points", "custom", "tokens")
+
+
+class Workers:
+    """`run` opens them; `lease` is a call's way to one of them."""
+
+    def __init__(self, upstreams: Sequence[Upstream]) -> None:
+        self._fleet = Fleet(upstreams)
+        self.model: Model | None = None  # None while no worker was heard of, and of a backend that is not ours
+        self.known: set[Backend] = set()  # those that were heard of
+        self._wrong: dict[Upstream, str] = {}  # those that are never given a call, and why
+
+    @classmethod
+    @asynccontextmanager
+    async def run(cls, config: Config) -> AsyncIterator[Workers]:
+        """The workers of a configuration, looked after as long as this is open. WrongModel if they are not alike."""
+        async with AsyncExitStack() as stack:
+            upstreams = []
+            for address in config.backends:
+                own = replace(config, backend=address)
+                connections = await stack.enter_async_context(session(own))
+                upstreams.append(Upstream(Backend(own, connections), connections, config.timeouts))
+            workers = cls(upstreams)
+            if len(upstreams) > 1:
+                await workers._meet()
+                looking = asyncio.create_task(workers._look_after())
+                stack.push_async_callback(_cancelled, looking)
+            yield workers
+
+    async def capabilities(self) -> Model | None:
+        """What they run, as `Backend.capabilities`."""
+        if self.model is None:
+            for backend in self._backends:
+                if (model := await backend.capabilities()) is not None:
+                    self.model = model
+                    self.known.add(backend)
+                    break
+        return self.model
+
+    def lease(self, *names: str) -> Lease:
+        """A call's way to a worker. names: as in `Fleet.enter`."""
+        return Lease(self._fleet, names, self._wrong)
+
+    @property
+    def idlest(self) -> Backend:
+        """The one to give work of the proxy's own."""
+        worker = self._fleet.idlest(self._wrong)
+        assert worker is not None, "one of them is the first, and it is like itself"
+        return worker.backend
+
+    def close(self, names: Iterable[str]) -> None:
+        """These threads and episodes are over."""
+        self._fleet.close(names)
+
+    async def troubles(self) -> dict[str, str]:
+        """What is the matter with each worker, by its address; nothing with one that is well."""
+        workers = self._fleet.workers
+        well = await asyncio.gather(*(worker.backend.ready() for worker in workers))
+        return {
+            worker.backend.address: self._wrong.get(worker) or ("" if ok else "the worker does not answer")
+            for worker, ok in zip(workers, well, strict=True)
+        }
+
+    async def seen(self) -> list[Seen]:
+        """What each is doing, and its own metrics."""
+        workers = self._fleet.workers
+        said = await asyncio.gather(*(worker.backend.metrics() for worker in workers))
+        return [
+            Seen(worker.backend.address, self._fleet.up(worker), self._fleet.n_calls(worker), metrics)
+            for worker, metrics in zip(workers, said, strict=True)
+        ]
+
+    @property
+    def _backends(self) -> list[Backend]:
+        """Those that are up first."""
+        order = sorted(self._fleet.workers, key=lambda worker: not self._fleet.up(worker))
+        return [worker.backend for worker in order]
+
+    # ---- what may be with any of them
+
+    async def claim(self, call: str, into: Path) -> None:
+        """As `Backend.claim`, of a call that nobody knows the worker of: its proxy died."""
+        await (await self._holder(call)).claim(call, into)
+
+    async def forget(self, call: str) -> None:
+        await asyncio.gather(*(backend.forget(call) for backend in self._backends))
+
+    async def _holder(self, call: str) -> Backend:
+        """The worker that holds a call's activations; else one that cannot be asked now, for it may be that one."""
+        *others, last = self._backends
+        for backend in others:
+            if await backend.holds(call):
+                return backend
+        return last
+
+    # ---- looking after them
+
+    async def _meet(self) -> None:
+        """See who is there; WrongModel if two are not alike."""
+        await asyncio.gather(*map(self._look, self._fleet.workers))
+        for reason in self._wrong.values():
+            raise WrongModel(reason)
+
+    async def _look_after(self) -> None:
+        n = 0
+        while True:
+            await asyncio.sleep(DOWN_S)
+            n += 1
+            all_of_them = n % round(UP_S / DOWN_S) == 0
+            due = [w for w in self._fleet.workers if all_of_them or not self._fleet.up(w)]
+            try:
+                await asyncio.gather(*map(self._look, due))
+            except Exception:  # whatever it is, the next look may find them well
+                logger.exception("the workers could not be looked after")
+
+    async def _look(self, worker: Upstream) -> None:
+        """See whether a worker can be given calls."""
+        backend = worker.backend
+        if not await backend.ready():
+            pass_over(self._fleet, worker, "it does not answer")
+        elif backend.model is None or not self._fleet.up(worker):
+            await self._join(worker)
+
+    async def _join(self, worker: Upstream) -> None:
+        """Take in a worker that is well, if it is like the others."""
+        backend = worker.backend
+        backend.forget_model()
+        try:
+            model = await backend.capabilities()
+        except WorkerFailed as error:
+            return pass_over(self._fleet, worker, str(error))
+        if model is None and not backend.foreign:  # gone again
+            return
+        self.model = self.model or model
+        wrong = self._wrong.pop(worker, None)
+        if reason := unlike(model, self.model):
+            self._wrong[worker] = reason = f"--backend {backend.address}: {reason}"
+            self._fleet.fail(worker)
+            if reason != wrong:
+                logger.error(reason)
+            return
+        self.known.add(backend)
+        if self._fleet.back(worker):
+            logger.warning("worker %s is given calls again", backend.address)
+
+
+def unlike(model: Model | None, others: Model | None) -> str:
+    """Why a worker cannot record beside others; nothing if it can."""
+    if model is None or others is None:
+        return "no worker of tautap's: several backends must all be"
+    had, has = msgspec.to_builtins(others), msgspec.to_builtins(model)
+    differs = [f"{name} {has[name] or 'none'}, not {had[name] or 'none'}" for name in ALIKE if had[name] != has[name]]
+    return f"it has {'; '.join(differs)} as another has: all must be alike" if differs else ""
+
+
+class Lease:
+    """A call's way to a worker. backend: where it went, None until it has."""
+
+    def __init__(self, fleet: Fleet[Upstream], names: Sequence[str], never: Collection[Upstream]) -> None:
+        """never: workers that it must not go to."""
+        self._fleet = fleet
+        self._names = names
+        self._never = never
+        self.backend: Backend | None = None
+
+    @asynccontextmanager
+    async def ask(
+        self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
+    ) -> AsyncIterator[Reply]:
+        """As `Upstream.ask`; a worker that cannot be reached leaves the call to the next."""
+        async with AsyncExitStack() as stack:
+            yield await self._reach(stack, lambda worker: worker.ask(method, path, query, headers, body))
+
+    async def _reach(
+        self, stack: AsyncExitStack, ask: Callable[[Upstream], AbstractAsyncContextManager[Reply]]
+    ) -> Reply:
+        tried = [*self._never]
+        unreachable = WorkerUnreachable("the worker cannot be reached: there is none")
+        while (worker := self._fleet.enter(self._names, tried)) is not None:
+            stack.callback(self._fleet.leave, worker)
+            self.backend = worker.backend
+            try:
+                reply = await stack.enter_async_context(ask(worker))
+            except WorkerUnreachable as error:
+                pass_over(self._fleet, worker, str(error))
+                unreachable = error
+                tried.append(worker)
+                continue
+            if len(self._fleet.workers) == 1:  # nobody looks after it
+                self._fleet.back(worker)
+            return reply
+        raise unreachable
+
+
+def pass_over(fleet: Fleet[Upstream], worker: Upstream, reason: str) -> None:
+    """Give a worker no more calls while there are others."""
+    if fleet.fail(worker) and len(fleet.workers) > 1:
+        logger.warning("worker %s is passed over: %s", worker.backend.address, reason)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
