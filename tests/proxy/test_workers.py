@@ -156,6 +156,7 @@ def test_one_that_joins_later_and_is_not_alike_is_given_no_call(tmp_path, stub, 
             said = {}
             until(lambda: "dtype" in str(said.update(ready(proxy)) or said.get(other.url)), "it to be looked at")
             converse(proxy.client(), "still alone", 1)
+            until(lambda: len(proxy.open().history.calls) == 2, "their rows to be claimed")
             stub.__exit__()
             reply = http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]})
             assert reply.status_code == 502 and not other.stub.bodies
