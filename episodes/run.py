@@ -49,21 +49,26 @@ class Run:
             self._read_tail()
 
     def _read_tail(self) -> None:
-        now = checkpoint.state(self.layout)
-        if not now.read_from:
+        now = checkpoint.state(self.layout) if self._index else None
+        if self._index and now and now.read_from:
+            self._tail = list(journal.sound(self.layout.journal, self._index.journal_bytes, now.read_to))
+            self._now = now.history
+        else:
             self._index, self._calls = None, {}
-        at = self._index.journal_bytes if self._index else 0
-        self._now = now.history
-        self._tail = list(journal.sound(self.layout.journal, at, now.read_to))
+            self._tail = list(journal.sound(self.layout.journal))
+            self._now = History(record for _, record in self._tail)
         news = {
-            r.id: Entry(0, r.episode, r.thread, r.role, place) for place, r in self._tail if isinstance(r, records.Call)
+            call.id: Entry(0, call.episode, call.thread, call.role, place)
+            for place, call in self._tail
+            if isinstance(call, records.Call)
         }
-        homes = (
-            (call, entry, now.history.home(entry.thread, entry.episode)) for call, entry in (self._calls | news).items()
-        )
-        self._calls = {
-            call: entry if home == entry.episode else entry._replace(episode=home) for call, entry, home in homes
-        }
+        self._calls = {call: self._at_home(entry, self._now) for call, entry in (self._calls | news).items()}
+
+    @staticmethod
+    def _at_home(entry: Entry, now: History) -> Entry:
+        """The entry with the episode where its thread belongs by now."""
+        home = now.home(entry.thread, entry.episode)
+        return entry if home == entry.episode else entry._replace(episode=home)
 
     @cached_property
     def _lines(self) -> list[tuple[int, records.Record | journal.Broken]]:
