@@ -47,6 +47,9 @@ class Run:
         self._calls = self._index.calls if self._index else {}
         if self._index is None or self._index.journal_bytes < layout.journal.stat().st_size:
             self._read_tail()
+        self._members: dict[str, list[str]] = {}
+        for call, entry in self._calls.items():
+            self._members.setdefault(entry.episode, []).append(call)
 
     def _read_tail(self) -> None:
         now = checkpoint.state(self.layout) if self._index else None
@@ -73,14 +76,6 @@ class Run:
     @cached_property
     def _lines(self) -> list[tuple[int, records.Record | journal.Broken]]:
         return list(journal.placed(self.layout.journal))
-
-    @cached_property
-    def _members(self) -> dict[str, list[str]]:
-        """The calls of each episode."""
-        members: dict[str, list[str]] = {}
-        for call, entry in self._calls.items():
-            members.setdefault(entry.episode, []).append(call)
-        return members
 
     @property
     def broken(self) -> list[journal.Broken]:
