@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Run:
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
         self.layout = layout
         self.about: records.Run = read_run(layout)
-        self._shard = lru_cache(maxsize=2)(self._open_shard)  # an episode's calls are read one after the other
+        # An episode's calls are read one after the other. Not of a method, as in `Shard`.
+        self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
         self._index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
         self._tail: list[tuple[int, records.Record]] = []
@@ -156,9 +157,6 @@ class Run:
             return
         bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
 
-    def _open_shard(self, episode: str) -> Shard:
-        return Shard(self.layout.shard(episode))
-
 
 class Call:
     """A call of a run: its record's fields, and its activations."""
@@ -218,6 +216,10 @@ class Call:
         dtype = DTYPES[DTYPE_CODES[model.dtype]]
         memory = pa.allocate_buffer(n_rows * model.hidden_size * dtype.itemsize)
         return np.frombuffer(memory, dtype).reshape(n_rows, model.hidden_size)
+
+
+def _open_shard(layout: Layout, episode: str) -> Shard:
+    return Shard(layout.shard(episode))
 
 
 def _some(names: list[str]) -> str:

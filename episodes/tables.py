@@ -233,7 +233,7 @@ class Index:
         self.episodes = episodes.replace_schema_metadata(None)
         self.journal_bytes = journal_bytes
         self._file = calls
-        self._spans = lru_cache(maxsize=4)(self._read)
+        self._spans = lru_cache(maxsize=4)(partial(_read_spans, calls))  # not of a method, as in `Shard`
         self._groups = list(accumulate(calls.metadata.row_group(i).num_rows for i in range(calls.num_row_groups)))
         columns = calls.read(["call", "episode", "thread", "role", "journal_at"]).columns
         ids, homes, threads, roles, places = (column.to_pylist() for column in columns)
@@ -285,8 +285,9 @@ class Index:
             found.setdefault(span["choice"], []).append(Span(owner, span["start"], span["stop"]))
         return found
 
-    def _read(self, group: int) -> pa.ChunkedArray:
-        return self._file.read_row_group(group, ["spans"])["spans"]
+
+def _read_spans(file: pq.ParquetFile, group: int) -> pa.ChunkedArray:
+    return file.read_row_group(group, ["spans"])["spans"]
 
 
 class Entry(NamedTuple):
