@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ class Run:
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
         self.layout = layout
         self.about: records.Run = read_run(layout)
-        self._shard = lru_cache(maxsize=2)(self._open_shard)  # an episode's calls are read one after the other
+        # An episode's calls are read one after the other. Not of a method, as in `Shard`.
+        self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
         self._index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
         self._tail: list[tuple[int, records.Record]] = []
@@ -47,35 +48,35 @@ class Run:
         self._calls = self._index.calls if self._index else {}
         if self._index is None or self._index.journal_bytes < layout.journal.stat().st_size:
             self._read_tail()
+        self._members: dict[str, list[str]] = {}
+        for call, entry in self._calls.items():
+            self._members.setdefault(entry.episode, []).append(call)
 
     def _read_tail(self) -> None:
-        now = checkpoint.state(self.layout)
-        if not now.read_from:
+        now = checkpoint.state(self.layout) if self._index else None
+        if self._index and now and now.read_from:
+            self._tail = list(journal.sound(self.layout.journal, self._index.journal_bytes, now.read_to))
+            self._now = now.history
+        else:
             self._index, self._calls = None, {}
-        at = self._index.journal_bytes if self._index else 0
-        self._now = now.history
-        self._tail = list(journal.sound(self.layout.journal, at, now.read_to))
+            self._tail = list(journal.sound(self.layout.journal))
+            self._now = History(record for _, record in self._tail)
         news = {
-            r.id: Entry(0, r.episode, r.thread, r.role, place) for place, r in self._tail if isinstance(r, records.Call)
+            call.id: Entry(0, call.episode, call.thread, call.role, place)
+            for place, call in self._tail
+            if isinstance(call, records.Call)
         }
-        homes = (
-            (call, entry, now.history.home(entry.thread, entry.episode)) for call, entry in (self._calls | news).items()
-        )
-        self._calls = {
-            call: entry if home == entry.episode else entry._replace(episode=home) for call, entry, home in homes
-        }
+        self._calls = {call: self._at_home(entry, self._now) for call, entry in (self._calls | news).items()}
+
+    @staticmethod
+    def _at_home(entry: Entry, now: History) -> Entry:
+        """The entry with the episode where its thread belongs by now."""
+        home = now.home(entry.thread, entry.episode)
+        return entry if home == entry.episode else entry._replace(episode=home)
 
     @cached_property
     def _lines(self) -> list[tuple[int, records.Record | journal.Broken]]:
         return list(journal.placed(self.layout.journal))
-
-    @cached_property
-    def _members(self) -> dict[str, list[str]]:
-        """The calls of each episode."""
-        members: dict[str, list[str]] = {}
-        for call, entry in self._calls.items():
-            members.setdefault(entry.episode, []).append(call)
-        return members
 
     @property
     def broken(self) -> list[journal.Broken]:
@@ -156,9 +157,6 @@ class Run:
             return
         bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
 
-    def _open_shard(self, episode: str) -> Shard:
-        return Shard(self.layout.shard(episode))
-
 
 class Call:
     """A call of a run: its record's fields, and its activations."""
@@ -218,6 +216,10 @@ class Call:
         dtype = DTYPES[DTYPE_CODES[model.dtype]]
         memory = pa.allocate_buffer(n_rows * model.hidden_size * dtype.itemsize)
         return np.frombuffer(memory, dtype).reshape(n_rows, model.hidden_size)
+
+
+def _open_shard(layout: Layout, episode: str) -> Shard:
+    return Shard(layout.shard(episode))
 
 
 def _some(names: list[str]) -> str:

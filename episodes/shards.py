@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Container, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -186,8 +186,9 @@ class Shard:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._vectors = lru_cache(maxsize=CACHED_GROUPS)(self._read)  # calls of an episode share rows
         self._file = pq.ParquetFile(path, page_checksum_verification=True)
+        # Calls of an episode share rows. Not of a method: a cache that knows the shard would keep it, in a circle.
+        self._vectors = lru_cache(maxsize=CACHED_GROUPS)(partial(_vectors, self._file))
         about = self._file.metadata
         self._starts = [0, *accumulate(about.row_group(i).num_rows for i in range(about.num_row_groups))]
         table = self._file.read(["call", "choice", "position"])
@@ -214,8 +215,9 @@ class Shard:
             at = max(offset - first, 0)
             bits(into)[at : at + len(part)] = bits(part)
 
-    def _read(self, group: int, point: str) -> NDArray[Any]:
-        return vector_column(self._file.read_row_group(group, [point]), point)
+
+def _vectors(file: pq.ParquetFile, group: int, point: str) -> NDArray[Any]:
+    return vector_column(file.read_row_group(group, [point]), point)
 
 
 def shard_points(path: Path) -> list[str]:

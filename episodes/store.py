@@ -258,10 +258,7 @@ class Store:
         for thread in {call.thread for call in fresh}:
             with contextlib.suppress(OSError):  # a call of it is not recorded yet
                 (self.layout.live / thread).rmdir()
-        behind = self._journal.n_bytes - self._checkpointed
-        if behind > max(CHECKPOINT_BYTES, self._journal.n_bytes // 8):
-            with contextlib.suppress(OSError):  # the next one who opens the run reads more
-                self._checkpoint()
+        self._checkpoint_if_due()
         return seal
 
     def calls(self) -> Iterator[Call]:
@@ -282,6 +279,13 @@ class Store:
         news = journal.sound(self.layout.journal, before.journal_bytes if before else 0)
         write_index(Roll(self.history, self.layout, news, before), self.layout, self._journal.n_bytes)
         self._checkpoint()
+
+    def _checkpoint_if_due(self) -> None:
+        """Write the checkpoint anew if the journal has grown by much; all of them together stay small beside it."""
+        behind = self._journal.n_bytes - self._checkpointed
+        if behind > max(CHECKPOINT_BYTES, self._journal.n_bytes // 8):
+            with contextlib.suppress(OSError):  # then the next one who opens the run reads more
+                self._checkpoint()
 
     def _checkpoint(self) -> None:
         checkpoint.save(self.layout, self._state, self._journal.n_bytes)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from episodes import journal
 from episodes.cast import WARMUPS
+from episodes.errors import CorruptFile
 from episodes.history import Episode, History
 from episodes.layout import Layout, whole
 from episodes.records import BACKFILL, Call, Record
@@ -151,13 +152,14 @@ class Roll:
         """Tables of CALLS, in the journal's order. unchanged: the rows too that are as they were"""
         for entries, group in self._before.groups() if self._before else ():
             stale = [i for i, entry in enumerate(entries) if not self._begin(entry)]
-            fresh = self._rows(self._again(entries[i].journal_at for i in stale))
+            again = {i: call for i in stale if (call := self._again(entries[i].journal_at))}
+            fresh = self._rows([(entries[i].journal_at, call) for i, call in again.items()])
             if not unchanged:
                 yield fresh
             elif stale:
                 order = np.arange(len(entries))
-                order[stale] = len(entries) + np.arange(len(stale))
-                yield pa.concat_tables([group(), fresh]).take(order)
+                order[list(again)] = len(entries) + np.arange(len(again))
+                yield pa.concat_tables([group(), fresh]).take(np.delete(order, [i for i in stale if i not in again]))
             else:
                 yield group()
         calls = ((place, record) for place, record in self._records if isinstance(record, Call))
@@ -172,9 +174,13 @@ class Roll:
             self._tallies[name] = None if settled else Tally(self._episode(name))
         return settled
 
-    def _again(self, places: Iterable[int]) -> list[tuple[int, Call]]:
-        found = [(place, journal.record_at(self._layout.journal, place)) for place in places]
-        return [(place, record) for place, record in found if isinstance(record, Call)]
+    def _again(self, place: int) -> Call | None:
+        """The call whose line is there, None if it cannot be read any more."""
+        try:
+            record = journal.record_at(self._layout.journal, place)
+        except CorruptFile:
+            return None
+        return record if isinstance(record, Call) else None
 
     def _rows(self, calls: list[tuple[int, Call]]) -> pa.Table:
         rows = []
@@ -182,6 +188,7 @@ class Roll:
             call = self._history.at_home(record)
             row = _call_row(self._history, call) | {"journal_at": place}
             rows.append(row)
+            assert call.episode not in self._settled
             tally = self._tallies.get(call.episode) or Tally(self._episode(call.episode))
             self._tallies[call.episode] = tally
             tally.add(call, row)
@@ -194,8 +201,10 @@ class Roll:
         """The table of EPISODES, once the calls were all asked for."""
         rows = []
         for name, tally in self._tallies.items():
-            row = tally.row(self._layout) if tally else self._settled[name] | Tally(self._episode(name)).said()
-            rows.append(row)
+            if tally is None:
+                rows.append(self._settled[name] | Tally(self._episode(name)).said())
+            elif tally.calls:
+                rows.append(tally.row(self._layout))
         return pa.Table.from_pylist(rows, EPISODES)
 
 
@@ -224,7 +233,7 @@ class Index:
         self.episodes = episodes.replace_schema_metadata(None)
         self.journal_bytes = journal_bytes
         self._file = calls
-        self._spans = lru_cache(maxsize=4)(self._read)
+        self._spans = lru_cache(maxsize=4)(partial(_read_spans, calls))  # not of a method, as in `Shard`
         self._groups = list(accumulate(calls.metadata.row_group(i).num_rows for i in range(calls.num_row_groups)))
         columns = calls.read(["call", "episode", "thread", "role", "journal_at"]).columns
         ids, homes, threads, roles, places = (column.to_pylist() for column in columns)
@@ -276,8 +285,9 @@ class Index:
             found.setdefault(span["choice"], []).append(Span(owner, span["start"], span["stop"]))
         return found
 
-    def _read(self, group: int) -> pa.ChunkedArray:
-        return self._file.read_row_group(group, ["spans"])["spans"]
+
+def _read_spans(file: pq.ParquetFile, group: int) -> pa.ChunkedArray:
+    return file.read_row_group(group, ["spans"])["spans"]
 
 
 class Entry(NamedTuple):

@@ -1,6 +1,8 @@
 """A run on disk: what is committed is read back, live and sealed, and what is damaged is found."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -280,6 +282,24 @@ def test_a_run_is_read_by_its_index_where_that_stands_for_the_whole_journal(tmp_
     writer = Writer(tmp_path)
     writer.commit("c5", [5], [6])  # the journal is ahead now
     assert [call.record.id for call in writer.close().episode("e")] == ["c1", "c2", "c4", "c5"]
+
+
+def test_a_run_that_nobody_holds_any_more_takes_no_memory(tmp_path):
+    """What it has read goes with it, at once: the rows of an episode are many."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.seal("e")
+    writer.store.roll()
+    run = writer.close()
+    for call in run.episode("e"):
+        call.activations(POINTS[0])
+    shard, index = weakref.ref(run._shard("e")), weakref.ref(run._index)
+    gc.disable()
+    try:
+        del run, call
+        assert shard() is None and index() is None
+    finally:
+        gc.enable()
 
 
 def test_a_shard_is_compressed_or_not_as_the_run_says(tmp_path):

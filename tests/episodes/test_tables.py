@@ -12,7 +12,7 @@ from episodes.records import Call, Link
 from episodes.run import open_run
 from episodes.tables import Index
 from episodes.verify import problems
-from tests.episodes.test_store import POINTS, Writer, expected
+from tests.episodes.test_store import POINTS, Writer, expected, flip
 
 THREADS = ("t-x", "t-y", "t-z", "t-q")
 
@@ -116,3 +116,19 @@ def test_an_index_of_another_journal_is_not_used(tmp_path):
     assert Index.of(layout) is None
     layout.journal.write_bytes(lines[:-2])
     assert Index.of(layout) is None and open_run(layout.root).names == []
+
+
+def test_a_line_that_was_damaged_since_is_left_out_of_the_index_as_of_the_run(tmp_path):
+    """Of a call that has to be read again; the others stay."""
+    writer = Writer(tmp_path)
+    steps = events(writer)
+    for _ in range(3):
+        next(steps)
+    writer.store.roll()
+    next(steps)
+    at = writer.layout.journal.read_bytes().index(b"c2")
+    flip(writer.layout.journal, at)
+    assert open_run(writer.layout.root).calls["call"].to_pylist() == ["c1", "c3"]
+    writer.store.roll()
+    run = writer.close()
+    assert run.calls["call"].to_pylist() == ["c1", "c3"] and run.names == ["e", "f"]
