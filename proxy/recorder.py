@@ -242,10 +242,10 @@ class Recording:
 
     async def _record(self, call: Call, claim: bool, foreign: JSON, added_s: float | None) -> str | None:
         """Record a call; returns why it is not, if it could not be."""
-        if self._config.durability == "async":
-            await asyncio.sleep(BEHIND_S)
         if added_s is not None:
             self._metrics.ended(call, added_s)
+        if self._config.durability == "async":
+            await asyncio.sleep(BEHIND_S)
         try:
             await self._notes.written(call.id)
             call, rows = await self._stored(call, claim, msgspec.json.encode(foreign) if foreign else None)
