@@ -102,18 +102,21 @@ class Server:
 
 
 @contextmanager
-def running(command: Command, port: int, log: Path) -> Iterator[Server]:
-    """The server that this command starts, once it is healthy. Leaving it stops it and whatever it started."""
+def running(command: Command, port: int, log: Path, health: str = "/health") -> Iterator[Server]:
+    """The server that this command starts, once it is healthy. Leaving it stops it and whatever it started.
+
+    health: the path that answers 200 when it is
+    """
     arguments, env = command
     url = f"http://127.0.0.1:{port}"
-    if healthy(url):
+    if healthy(url, health):
         sys.exit(f"port {port} is taken: end the server there first")
     # Whoever ends this process wants the server gone, too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     with log.open("wb") as output:
         process = subprocess.Popen(arguments, env=env, stdout=output, stderr=output, start_new_session=True)
     try:
-        wait_until_healthy(url, process)
+        wait_until_healthy(url, process, health)
         yield Server(url, process)
     except BaseException:
         print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
@@ -126,20 +129,20 @@ def running(command: Command, port: int, log: Path) -> Iterator[Server]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes], health: str = "/health") -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             sys.exit(f"the server ended with {process.returncode}")
-        if healthy(url):
+        if healthy(url, health):
             return
         time.sleep(0.25)
     sys.exit(f"the server was not ready in {START_S} s")
 
 
-def healthy(url: str) -> bool:
+def healthy(url: str, health: str = "/health") -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+        with urllib.request.urlopen(f"{url}{health}", timeout=2) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

@@ -6,6 +6,8 @@ import json
 import pytest
 import torch
 
+import peers
+import proxies
 import traffic
 from capture_step import Rig, added_us, spooled_per_s
 from tests.stub import MODEL
@@ -72,3 +74,21 @@ def test_timed_steps_store_every_row(tmp_path):
         step, _ = added_us(rig, 4)
         assert step >= 2000 and spooled_per_s(rig, 4) > 0
     assert used_bytes(rig.spool) == 0
+
+
+def test_the_clients_of_the_proxies_time_whole_replies_and_refuse_wrong_ones(monkeypatch):
+    """The first event of a stream comes long before its end; a reply without its text is an error."""
+
+    async def run():
+        server = await asyncio.get_running_loop().create_server(peers.Replying, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, proxies.clients(port, 1) as (client,):
+            streamed = await client.ask(proxies.request('"stream":true'))
+            whole = await client.ask(proxies.request())
+            monkeypatch.setattr(peers, "WHOLE", peers.answer(b"{}"))
+            with pytest.raises(AssertionError):
+                await client.ask(proxies.request())
+        return streamed, whole
+
+    streamed, whole = asyncio.run(run())
+    assert streamed.first < streamed.last - peers.PIECES * peers.PAUSE_S / 2 and whole.first <= whole.last
