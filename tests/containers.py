@@ -64,8 +64,11 @@ class Store:
         self.pip = {key.split(".")[1]: value for key, value in re.findall(r"^(\S+)='(.*)'$", said.stdout, re.M)}
         conf = home / "pip.conf"
         conf.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in self.pip.items()))
-        seen = {word.removeprefix("file://") for value in self.pip.values() for word in value.split() if "/" in word}
-        self._mounts = [(conf, "/etc/pip.conf"), *((path, path) for path in sorted(seen) if Path(path).exists())]
+        words = [word for value in self.pip.values() for word in value.split()]
+        # An index on disk names files that lie beside it.
+        indexes = [str(Path(word.removeprefix("file://")).parent) for word in words if word.startswith("file://")]
+        seen = sorted({*indexes, *(word for word in words if word.startswith("/") and Path(word).exists())})
+        self._mounts = [(conf, "/etc/pip.conf"), *((path, path) for path in seen)]
 
     def __call__(self, *arguments: object) -> str:
         """What a command of buildah's says; its errors go where ours do."""
