@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ import openai
 import psutil
 import pyarrow.parquet as pq
 
-from tests.conftest import free_port, until
+from tests.conftest import free_port
 from tests.proxy.test_bench import COMMAND_LINE, RUN, TYPES
 from tests.test_compose import EXAMPLE, KEY, ROOT, services
 
@@ -64,8 +64,11 @@ class Store:
         self.pip = {key.split(".")[1]: value for key, value in re.findall(r"^(\S+)='(.*)'$", said.stdout, re.M)}
         conf = home / "pip.conf"
         conf.write_text("[global]\n" + "".join(f"{key} = {value}\n" for key, value in self.pip.items()))
-        seen = {word.removeprefix("file://") for value in self.pip.values() for word in value.split() if "/" in word}
-        self._mounts = [(conf, "/etc/pip.conf"), *((path, path) for path in sorted(seen) if Path(path).exists())]
+        words = [word for value in self.pip.values() for word in value.split()]
+        # An index on disk names files that lie beside it.
+        indexes = [str(Path(word.removeprefix("file://")).parent) for word in words if word.startswith("file://")]
+        seen = sorted({*indexes, *(word for word in words if word.startswith("/") and Path(word).exists())})
+        self._mounts = [(conf, "/etc/pip.conf"), *((path, path) for path in seen)]
 
     def __call__(self, *arguments: object) -> str:
         """What a command of buildah's says; its errors go where ours do."""
@@ -200,6 +203,13 @@ def check_keyless() -> None:
         raise AssertionError("a client without the key was served")
 
 
+def wait_for(condition: Callable[[], bool], what: str, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {limit_s:.0f} s: {what}"
+        time.sleep(1)
+
+
 def ready() -> bool:
     with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health/ready", timeout=5) as reply:
         return bool(reply.status == 200)
@@ -284,12 +294,12 @@ def check(store: Store, found: dict[str, dict[str, Any]], mounts: dict[str, Path
     with ExitStack() as stack:
         say("the proxy, before there is a worker")
         proxying = stack.enter_context(proxy.running(proxy_log))
-        until(answers, "the proxy serves", 60)
+        wait_for(answers, "the proxy serves", 60)
         assert not ready() and not proxy.healthy() and not worker.healthy()
         print(proxy_log.read_text().strip())
         say(f"the worker: tautap worker {' '.join(found['worker-cpu']['command'])}")
         with worker.running(worker_log) as working:
-            until(lambda: working.poll() is not None or ready(), "the worker is ready", START_S)
+            wait_for(lambda: working.poll() is not None or ready(), "the worker is ready", START_S)
             assert working.poll() is None and worker.healthy() and proxy.healthy()
             print("both health checks pass")
             check_keyless()
@@ -301,7 +311,7 @@ def check(store: Store, found: dict[str, dict[str, Any]], mounts: dict[str, Path
             say("the worker is killed, and started over on the socket that it left")
             end(working, signal.SIGKILL)
         with worker.running(worker_log) as working:
-            until(lambda: working.poll() is not None or ready(), "the worker is ready again", START_S)
+            wait_for(lambda: working.poll() is not None or ready(), "the worker is ready again", START_S)
             assert working.poll() is None
             call("And of Italy?")
             say("SIGTERM to the proxy, then to the worker")
@@ -309,7 +319,7 @@ def check(store: Store, found: dict[str, dict[str, Any]], mounts: dict[str, Path
             print(f"exit codes {codes}")
             assert codes[0] == 0
     said = proxy_log.read_text()
-    assert "HTTP" not in said, said  # rows that do not come out of the spool come so, and the proxy says it
+    assert "come over HTTP" not in said, said  # rows that do not come out of the spool come so, and the proxy says it
     written = proxy.written(begun)
     assert not written, f"a root that can only be read would not do: {written}"
     say("read from the volume")
