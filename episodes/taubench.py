@@ -34,6 +34,7 @@ TEXT_AGENTS = {
     "react": "Try to be helpful and always follow the policy.",
 }
 TOOL_RESULT = "API output: "
+VERIFY_ATTEMPTS = 3
 STOP = "###STOP###"
 POLICY = re.compile(r"# (\w+) agent policy", re.IGNORECASE)
 # tau_bench/run.py, ckpt_path
@@ -86,8 +87,9 @@ class TauBench(Dialect):
         )
         if not mark:
             return None
-        verifies = response.startswith("Message(")
-        return Watch(conversation, response, "verify" if verifies else "reflection", verifies)
+        if response.startswith("Message("):
+            return Watch(conversation, response, "verify", VERIFY_ATTEMPTS)
+        return Watch(conversation, response, "reflection")
 
     def shown(self, watch: Watch, reply: str) -> bool:
         return reply in watch.response or repr(reply)[1:-1] in watch.response
