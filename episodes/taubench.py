@@ -1,4 +1,4 @@
-"""What tautap knows of tau-bench, all of it: who is speaking, and its results files.
+"""What tautap knows of tau-bench, all of it: who is speaking, its tasks, and its results files.
 
 tau-bench sends no id of any kind. The agent is told what the simulated user says, the user what the agent responds; a
 supervisor is shown a user's conversation and a reply in it, and says whether it will do.
@@ -7,9 +7,10 @@ source: github.com/sierra-research/tau-bench, commit 59a200c: envs/user.py, agen
 
 from __future__ import annotations
 
+import ast
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -133,6 +134,30 @@ def _user_response(text: str) -> str | None:
             parts = text.split(mark)
             return parts[1].strip() if len(parts) == 2 else None
     return None
+
+
+# ---- tasks
+
+
+def read_tasks(package: Path, env: str, split: str) -> dict[int, str]:
+    """Task id → instruction, out of the directory `tau_bench` of a checkout or an installation; none if it has no such
+    tasks.
+
+    Read and not imported: tau-bench imports litellm, which takes seconds.
+    """
+    try:
+        module = ast.parse((package / "envs" / env / f"tasks_{split}.py").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    lists = [node.value for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)]
+    tasks = [task for one in lists for task in one.elts if isinstance(task, ast.Call)]
+    return {number: text for number, task in enumerate(tasks) if (text := _keyword(task, "instruction")) is not None}
+
+
+def _keyword(call: ast.Call, name: str) -> str | None:
+    """The text that a call is given under a name."""
+    found = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    return found.value if isinstance(found, ast.Constant) and isinstance(found.value, str) else None
 
 
 # ---- results files
@@ -263,6 +288,15 @@ class Links(NamedTuple):
     links: list[Link]
     results: list[Result]
     episodes: list[str]
+
+    def doubts(self) -> Iterator[str]:
+        """Of each link that could be another: why."""
+        for link in self.links:
+            joined = f"episode {link.episode}: task {link.task_id}, trial {link.trial}"
+            if link.by == "order":
+                yield f"{joined}, by the order of tasks alone"
+            if link.tied:
+                yield f"{joined}, or {', '.join(link.tied)}"
 
 
 def find_links(
