@@ -318,11 +318,15 @@ def find_links(
     pairs = match(fitting)
     by.update(dict.fromkeys(pairs, "transcript"))
     silent = [result for result in results if not result.traj]
-    instructions = {(r.source, r.task_id): i for r in results if (i := (tasks or {}).get(r.task_id, r.instruction))}
+    # What was found by its transcript before is not given away on less.
+    loose = [a for a in known if (before := a.episode.link) is None or before.by != "transcript"]
+    instructions = _known_before(loose) | {
+        (r.source, r.task_id): i for r in results if (i := (tasks or {}).get(r.task_id, r.instruction))
+    }
     for kind in ("instruction", "order"):
         if kind == "order":
-            instructions |= _left_over(silent, instructions, known, pairs)
-        fits = _by_instruction([r for r in silent if r not in pairs], instructions, known, pairs)
+            instructions |= _left_over(silent, instructions, loose, pairs)
+        fits = _by_instruction([r for r in silent if r not in pairs], instructions, loose, pairs)
         found = match(fits)
         pairs |= found
         fitting |= {result: fits[result] for result in found}
@@ -396,6 +400,12 @@ def _by_instruction(
         mine = [attempt for attempt in fits if attempt.instruction == instructions.get(task)]
         fitting[result] = sorted(mine, key=lambda attempt: _linked_before(result, attempt))
     return fitting
+
+
+def _known_before(known: list[Attempt]) -> dict[tuple[str, int], str]:
+    """Instructions of tasks that attempts were linked to by them."""
+    linked = [(a.instruction, a.episode.link) for a in known if a.instruction and a.episode.link]
+    return {(link.source, int(link.task_id)): text for text, link in linked if link.by == "instruction"}
 
 
 def _left_over(

@@ -199,6 +199,24 @@ def test_tasks_that_crashed_in_another_order_than_theirs_are_told_apart_by_a_che
     options = ("--tau-bench", str(checkout), "--env", "airline")
     rows = check_linked(run.layout.root, tmp_path, results, check_places(run), *options)
     assert {row["linked_by"] for row in rows.values()} == {"instruction"}
+    again = CliRunner().invoke(link, [str(run.layout.root), str(tmp_path / "results.json"), *options[2:]])
+    assert "3 results joined, 0 of them new" in again.output and "by the order" not in again.output, (
+        "what is known stays"
+    )
+
+
+def test_a_crashed_result_of_another_run_takes_no_episode_from_its_own(tmp_path):
+    """Not even the only one of whose task nothing is known."""
+    tasks = [make_task(number, 0, random.Random(number)) for number in range(2)]
+    with Running(Stub(tmp_path / "spool"), captures=False) as stub, proxy_process(stub.url, tmp_path / "data") as url:
+        results = play(url, MODEL, tasks)
+    run = open_run(tmp_path / "data" / "r")
+    check_linked(run.layout.root, tmp_path, results, check_places(run))
+    strangers = [{**results[0], "traj": [], "info": {"error": "odd"}}, {**results[1], "traj": [], "info": {}}]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(strangers))
+    refused = CliRunner().invoke(link, [str(run.layout.root), str(other)]).exception
+    assert isinstance(refused, BadInput) and "is it another run's?" in str(refused)
 
 
 def test_a_checkout_that_does_not_have_the_tasks_is_refused(tmp_path):
