@@ -19,7 +19,7 @@ from episodes.verify import problems
 from tests.conftest import free_port
 from tests.solver import CRASHES, LEAVES, SOLUTIONS
 
-CHECKOUT = Path(os.environ.get("TAUTAP_TAU_BENCH", "/nowhere"))
+CHECKOUT = Path(os.environ.get("TAUTAP_TAU_BENCH", "/nowhere")).absolute()
 BENCH = "import sys, proxy.__main__ as m; m.WORKER = [sys.executable, '-m', 'tests.solver']; m.main()"
 TASKS = """
 import json, sys
