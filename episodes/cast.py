@@ -30,13 +30,13 @@ class Part(NamedTuple):
 class Watch(NamedTuple):
     """What a supervisor's call is about: a user's conversation so far and a reply in it.
 
-    strategy: what its being there says of the user's. final: if it says no, the same messages are asked again
+    strategy: what its being there says of the user's. n_asked: so often are the same messages asked while it says no
     """
 
     conversation: str
     response: str
     strategy: str | None = None
-    final: bool = False
+    n_asked: int = 1
 
 
 class Dialect:
@@ -95,8 +95,8 @@ class Said:
 class Actor:
     """A thread with its part. named: the client said which episode.
 
-    watched: hash of its conversation → how many supervisors it has had. watch: what a supervisor's call is about;
-    subject: whose.
+    watched: hash of its conversation → how many supervisors it has had, less the replies it got. conversation: the
+    last of these; heard: when it got its last reply. watch: what a supervisor's call is about; subject: whose.
     """
 
     thread: str
@@ -106,6 +106,8 @@ class Actor:
     told: list[Told] = field(default_factory=list)
     said: list[Said] = field(default_factory=list)
     watched: Counter[int] = field(default_factory=Counter)
+    conversation: int | None = None
+    heard: int = 0
     last_reply: str = ""
     subject: Actor | None = None
     watch: Watch | None = None
@@ -206,7 +208,7 @@ class Cast:
         if text is not None:
             actor.told.append(Told(hash(text), self._clock))
         if part.role in ("user", "warmup"):
-            conversation = hash(self.dialect.conversation(messages))
+            conversation = actor.conversation = hash(self.dialect.conversation(messages))
             if conversation not in actor.watched:
                 actor.watched[conversation] = 0
                 self._watched.setdefault(conversation, []).append(actor)
@@ -223,14 +225,16 @@ class Cast:
         return any(fits(other, actor, 1, True) for other in others if other.part.role == "agent")
 
     def _attach(self, supervisor: Actor, messages: list[JSON]) -> None:
-        """Find whom a supervisor watches: the conversation it is shown, with the reply, that has been watched least."""
+        """Find whom a supervisor watches: the conversation it is shown, with the reply, whose replies have been watched
+        least; of several the one that got its reply last, since others may have ended with theirs.
+        """
         watch = supervisor.watch = self.dialect.watch(messages)
         if watch is None:
             return
         conversation = hash(watch.conversation)
         found = [a for a in self._watched.get(conversation, []) if self.dialect.shown(watch, a.last_reply)]
         if found:
-            subject = supervisor.subject = min(found, key=lambda actor: actor.watched[conversation])
+            subject = supervisor.subject = min(found, key=lambda actor: (actor.watched[conversation], -actor.heard))
             subject.watched[conversation] += 1
             subject.part = subject.part._replace(strategy=watch.strategy or subject.part.strategy)
 
@@ -240,9 +244,11 @@ class Cast:
         actor = self._actors.get(place.thread)
         if actor is None:
             return
-        actor.last_reply = str(reply.get("content") or "")
-        if actor.watch and actor.subject and actor.watch.final and not self.dialect.approves(reply):
-            self._threads.rejected(actor.subject.thread)
+        actor.last_reply, actor.heard = str(reply.get("content") or ""), self._clock
+        if actor.conversation is not None:
+            actor.watched[actor.conversation] -= 1
+        if actor.watch and actor.subject and not self.dialect.approves(reply):
+            self._threads.rejected(actor.subject.thread, actor.watch.n_asked)
         text = self.dialect.says(actor.part, reply)
         if text is None:
             return

@@ -16,7 +16,7 @@ from episodes.layout import Layout
 from episodes.messages import JSON, parse_object, reply_messages
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
-from episodes.taubench import DIALECT, Links, find_links, read_results
+from episodes.taubench import DIALECT, Links, find_links, read_results, read_tasks
 from episodes.verify import problems
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -181,20 +181,27 @@ def seal(run: Path) -> None:
 @click.argument("results", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--env", help="tau-bench's --env, where the conversations do not tell it.")
 @click.option("--split", help="tau-bench's --task-split.")
-def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | None) -> None:
+@click.option(
+    "--tau-bench",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A checkout of it, to know by its task an attempt that crashed; with --env.",
+)
+def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | None, tau_bench: Path | None) -> None:
     """Join tau-bench's results to a run's episodes.
 
     RESULTS are the JSON files that tau-bench wrote, any number, at any time after the proxy stopped; RUN is the run's
     directory. What is live is sealed first.
     """
     entries = [entry for path in results for entry in read_results(path)]
+    tasks = _tasks(tau_bench, env, split or "test") if tau_bench else {}
     layout = Layout(run)
     if not layout.run.exists():
         raise BadRun(f"{run} is not a run: it has no run.json")
     store = Store(layout)
     try:
         store.seal_all(DIALECT)
-        found = find_links(open_run(run).history, entries, env, split)
+        found = find_links(open_run(run).history, entries, env, split, tasks)
         if entries and not found.links:
             names = ", ".join(path.name for path in results)
             raise BadInput(
@@ -207,22 +214,27 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
     _report_links(found, n_new)
 
 
+def _tasks(tau_bench: Path, env: str | None, split: str) -> dict[int, str]:
+    """The tasks of a checkout; BadInput if it has none of that name."""
+    if env is None:
+        raise BadInput(f"--tau-bench {tau_bench}: say which tasks, with --env airline or --env retail")
+    found = read_tasks(tau_bench / "tau_bench", env, split)
+    if not found:
+        raise BadInput(
+            f"--tau-bench {tau_bench}: no tasks of --env {env} --split {split} there; give a checkout of "
+            "github.com/sierra-research/tau-bench"
+        )
+    return found
+
+
 def _report_links(found: Links, n_new: int) -> None:
     """Say what was joined, and all that was not."""
     for result in found.results:
         click.echo(f"{result.source}: task {result.task_id}, trial {result.trial}: no episode")
     for episode in found.episodes:
         click.echo(f"episode {episode}: in no results file")
-    ordered = [link for link in found.links if link.by == "order"]
-    for joined in ordered:
-        click.echo(
-            f"episode {joined.episode}: task {joined.task_id}, trial {joined.trial}, by the order of tasks alone"
-        )
-    for joined in found.links:
-        if joined.tied:
-            click.echo(
-                f"episode {joined.episode}: task {joined.task_id}, trial {joined.trial}, or {', '.join(joined.tied)}"
-            )
+    for doubt in found.doubts():
+        click.echo(doubt)
     click.echo(
         f"{len(found.links)} results joined, {n_new} of them new or changed; "
         f"{len(found.results)} results without an episode, {len(found.episodes)} episodes without a result"

@@ -1,4 +1,4 @@
-"""What tautap knows of tau-bench, all of it: who is speaking, and its results files.
+"""What tautap knows of tau-bench, all of it: who is speaking, its tasks, and its results files.
 
 tau-bench sends no id of any kind. The agent is told what the simulated user says, the user what the agent responds; a
 supervisor is shown a user's conversation and a reply in it, and says whether it will do.
@@ -7,9 +7,10 @@ source: github.com/sierra-research/tau-bench, commit 59a200c: envs/user.py, agen
 
 from __future__ import annotations
 
+import ast
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,6 +35,7 @@ TEXT_AGENTS = {
     "react": "Try to be helpful and always follow the policy.",
 }
 TOOL_RESULT = "API output: "
+VERIFY_ATTEMPTS = 3
 STOP = "###STOP###"
 POLICY = re.compile(r"# (\w+) agent policy", re.IGNORECASE)
 # tau_bench/run.py, ckpt_path
@@ -86,8 +88,9 @@ class TauBench(Dialect):
         )
         if not mark:
             return None
-        verifies = response.startswith("Message(")
-        return Watch(conversation, response, "verify" if verifies else "reflection", verifies)
+        if response.startswith("Message("):
+            return Watch(conversation, response, "verify", VERIFY_ATTEMPTS)
+        return Watch(conversation, response, "reflection")
 
     def shown(self, watch: Watch, reply: str) -> bool:
         return reply in watch.response or repr(reply)[1:-1] in watch.response
@@ -131,6 +134,30 @@ def _user_response(text: str) -> str | None:
             parts = text.split(mark)
             return parts[1].strip() if len(parts) == 2 else None
     return None
+
+
+# ---- tasks
+
+
+def read_tasks(package: Path, env: str, split: str) -> dict[int, str]:
+    """Task id → instruction, out of the directory `tau_bench` of a checkout or an installation; none if it has no such
+    tasks.
+
+    Read and not imported: tau-bench imports litellm, which takes seconds.
+    """
+    try:
+        module = ast.parse((package / "envs" / env / f"tasks_{split}.py").read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    lists = [node.value for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)]
+    tasks = [task for one in lists for task in one.elts if isinstance(task, ast.Call)]
+    return {number: text for number, task in enumerate(tasks) if (text := _keyword(task, "instruction")) is not None}
+
+
+def _keyword(call: ast.Call, name: str) -> str | None:
+    """The text that a call is given under a name."""
+    found = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    return found.value if isinstance(found, ast.Constant) and isinstance(found.value, str) else None
 
 
 # ---- results files
@@ -262,6 +289,15 @@ class Links(NamedTuple):
     results: list[Result]
     episodes: list[str]
 
+    def doubts(self) -> Iterator[str]:
+        """Of each link that could be another: why."""
+        for link in self.links:
+            joined = f"episode {link.episode}: task {link.task_id}, trial {link.trial}"
+            if link.by == "order":
+                yield f"{joined}, by the order of tasks alone"
+            if link.tied:
+                yield f"{joined}, or {', '.join(link.tied)}"
+
 
 def find_links(
     history: History,
@@ -282,11 +318,15 @@ def find_links(
     pairs = match(fitting)
     by.update(dict.fromkeys(pairs, "transcript"))
     silent = [result for result in results if not result.traj]
-    instructions = {(r.source, r.task_id): i for r in results if (i := (tasks or {}).get(r.task_id, r.instruction))}
+    # What was found by its transcript before is not given away on less.
+    loose = [a for a in known if (before := a.episode.link) is None or before.by != "transcript"]
+    instructions = _known_before(loose) | {
+        (r.source, r.task_id): i for r in results if (i := (tasks or {}).get(r.task_id, r.instruction))
+    }
     for kind in ("instruction", "order"):
         if kind == "order":
-            instructions |= _left_over(silent, instructions, known, pairs)
-        fits = _by_instruction([r for r in silent if r not in pairs], instructions, known, pairs)
+            instructions |= _left_over(silent, instructions, loose, pairs)
+        fits = _by_instruction([r for r in silent if r not in pairs], instructions, loose, pairs)
         found = match(fits)
         pairs |= found
         fitting |= {result: fits[result] for result in found}
@@ -360,6 +400,12 @@ def _by_instruction(
         mine = [attempt for attempt in fits if attempt.instruction == instructions.get(task)]
         fitting[result] = sorted(mine, key=lambda attempt: _linked_before(result, attempt))
     return fitting
+
+
+def _known_before(known: list[Attempt]) -> dict[tuple[str, int], str]:
+    """Instructions of tasks that attempts were linked to by them."""
+    linked = [(a.instruction, a.episode.link) for a in known if a.instruction and a.episode.link]
+    return {(link.source, int(link.task_id)): text for text, link in linked if link.by == "instruction"}
 
 
 def _left_over(

@@ -11,6 +11,8 @@ order of evidence,
   conversation unless `rejected` said otherwise
 - `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
   After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
+
+Where several threads fit alike, it is the one that had the last call: those before it may be over.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Thread:
     """A conversation so far.
 
     scope: the episode that the client named, else None. asked: digest of the last turn's messages, `end` of the last
-    call's. ends: what a next call must begin with. n_good: replies of this turn.
+    call's. ends: what a next call must begin with. n_good: replies of this turn. placed: counts the run's calls.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Thread:
     end: int | None = None
     ends: list[int] = field(default_factory=list)
     n_good: int = 0
+    placed: int = 0
     busy: bool = False
     failed: bool = False
     rejected: bool = False
@@ -67,6 +70,7 @@ class Threads:
         self._waiting: dict[Key, list[Thread]] = {}
         self._asked: dict[Key, list[Thread]] = {}
         self._threads: dict[str, Thread] = {}
+        self._n_placed = 0
 
     def __len__(self) -> int:
         return len(self._threads)
@@ -98,6 +102,8 @@ class Threads:
                 thread.reasked |= kind == "reask"
             thread.end = digests[-1] if digests else None
             thread.busy, thread.failed, thread.rejected = True, False, False
+            self._n_placed += 1
+            thread.placed = self._n_placed
             for key in self._asked_keys(thread):
                 self._asked.setdefault(key, []).append(thread)
             return Place(thread.episode, thread.id, thread.turn, thread.attempt, kind)
@@ -114,11 +120,13 @@ class Threads:
             for end in set(thread.ends):
                 self._waiting.setdefault((thread.scope, end), []).append(thread)
 
-    def rejected(self, thread: str) -> None:
-        """The last reply of the thread will not be used: the same messages again are its next attempt."""
+    def rejected(self, thread: str, n_asked: int) -> None:
+        """The last reply of the thread will not be used: the same messages again are its next attempt, unless it has
+        got n_asked replies to them.
+        """
         with self._lock:
             if thread in self._threads:
-                self._threads[thread].rejected = True
+                self._threads[thread].rejected = self._threads[thread].n_good < n_asked
 
     def close(self, thread: str) -> None:
         """Nothing continues the thread any more."""
@@ -138,7 +146,7 @@ class Threads:
         """The thread that a call belongs to and what it is there, in order of evidence; None for a new one."""
         if not digests:
             return None, "turn"
-        same = [t for t in self._asked.get((scope, digests[-1]), []) if t.end == digests[-1]]
+        same = [t for t in reversed(self._asked.get((scope, digests[-1]), [])) if t.end == digests[-1]]
         if announced := self._announced(same, retried):
             return announced
         beside = None
@@ -152,7 +160,10 @@ class Threads:
                 beside = self._beside(key)
             if beside is not None:
                 break
-        return self._unannounced(same, retried) or beside or (None, "turn")
+        again = self._unannounced(same, retried)
+        if again and beside and again[1] == "reask" and again[0].placed < beside[0].placed:
+            return beside  # a conversation that is going on, rather than one like it that may be over
+        return again or beside or (None, "turn")
 
     @staticmethod
     def _announced(same: list[Thread], retried: bool | None) -> tuple[Thread, Kind] | None:
@@ -173,7 +184,7 @@ class Threads:
 
     def _beside(self, key: Key) -> tuple[Thread, Kind] | None:
         """A thread whose last turn these messages begin with, something else than its reply behind it."""
-        for thread in self._asked.get(key, []):
+        for thread in reversed(self._asked.get(key, [])):
             if thread.asked == key[1] and thread.n_good and not thread.busy:
                 return thread, "turn" if thread.reasked else "branch"
         return None

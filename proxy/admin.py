@@ -4,12 +4,13 @@ GET  /tautap                   `About` the proxy
 GET  /tautap/runs/<run>        `Progress` of the run; 400 if it is not open
 POST /tautap/runs/<run>        the same, and open it, so that one that cannot be written is known beforehand
 POST /tautap/runs/<run>/seal   wait for what is under way, seal, roll the index; `Totals` of the run
-POST /tautap/runs/<run>/link   ?name=FILE&env=ENV&split=SPLIT, body: a results file of tau-bench's; `Joined`
+POST /tautap/runs/<run>/link   ?name=FILE&env=ENV&split=SPLIT, body: `Results`; `Joined`
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import aiohttp
@@ -45,15 +46,23 @@ class About(msgspec.Struct, frozen=True):
     aliases: list[str]
 
 
+class Results(msgspec.Struct, frozen=True):
+    """A results file of tau-bench's, and the instructions of tasks by their ids, as far as they are known."""
+
+    results: msgspec.Raw
+    tasks: dict[int, str] = {}
+
+
 class Joined(msgspec.Struct, frozen=True):
     """What became of a results file: results that found their episode, those of them that are new, task and trial of
-    those that found none, and episodes that no results file tells of.
+    those that found none, episodes that no results file tells of, and what of it all is not certain.
     """
 
     joined: int
     new: int
     results: list[str]
     episodes: list[str]
+    doubts: list[str] = []
 
 
 class Served(msgspec.Struct, frozen=True):
@@ -101,10 +110,14 @@ async def _seal(request: web.Request) -> web.Response:
 
 async def _link(request: web.Request) -> web.Response:
     query = request.query
-    results = await asyncio.to_thread(parse_results, await bodies.read(request), query.get("name", "results"))
-    found, n_new = await _recording(request).link(results, query.get("env"), query.get("split"))
+    try:
+        told = msgspec.json.decode(await bodies.read(request), type=Results)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BadInput(f"the body is not results, a results file of tau-bench's, and tasks: {error}") from None
+    results = await asyncio.to_thread(parse_results, bytes(told.results), query.get("name", "results"))
+    found, n_new = await _recording(request).link(results, query.get("env"), query.get("split"), told.tasks)
     silent = [f"task {result.task_id}, trial {result.trial}" for result in found.results]
-    return _json(Joined(len(found.links), n_new, silent, found.episodes))
+    return _json(Joined(len(found.links), n_new, silent, found.episodes, list(found.doubts())))
 
 
 def _recording(request: web.Request) -> Recording:
@@ -150,9 +163,11 @@ class Client:
     async def seal(self, run: str) -> Totals:
         return await self._ask("POST", f"/tautap/runs/{run}/seal", Totals)
 
-    async def link(self, run: str, name: str, results: bytes, env: str, split: str) -> Joined:
+    async def link(self, run: str, name: str, results: bytes, env: str, split: str, tasks: Mapping[int, str]) -> Joined:
+        """Join a results file of that name. tasks: task id → instruction, as far as they are known"""
         params = {"name": name, "env": env, "split": split}
-        return await self._ask("POST", f"/tautap/runs/{run}/link", Joined, params=params, data=results)
+        body = msgspec.json.encode(Results(msgspec.Raw(results), dict(tasks)))
+        return await self._ask("POST", f"/tautap/runs/{run}/link", Joined, params=params, data=body)
 
     async def _ask(self, method: str, path: str, kind: type[T], timeout_s: float = TIMEOUT_S, **options: Any) -> T:
         """A route's reply; BadInput if it says that we asked wrongly, BenchFailed for all else that goes wrong."""

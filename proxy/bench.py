@@ -24,7 +24,7 @@ from episodes.commands import console
 from episodes.errors import BadInput, TautapError
 from episodes.layout import check_name
 from episodes.tables import Totals
-from episodes.taubench import Score, pass_hat
+from episodes.taubench import Score, pass_hat, read_tasks
 from proxy.admin import Client, Joined, Progress
 from proxy.config import Config
 from proxy.flags import (
@@ -85,8 +85,8 @@ class Benchmark:
             python = str(Path(python).absolute())  # it is run in the checkout
         return cls(directory, python or (str(own) if own and own.exists() else default))
 
-    def flags(self, tools: bool) -> set[str]:
-        """The flags it takes; BadInput if its interpreter lacks what it needs. tools: some agent sends tools"""
+    def package(self, tools: bool) -> Path:
+        """Where its code is; BadInput if its interpreter lacks what it needs. tools: some agent sends tools"""
         home, missing = self._probe("tau_bench", "litellm", "pydantic", *(["mcp"] if tools else []))
         if home is None:
             raise BadInput(
@@ -99,7 +99,7 @@ class Benchmark:
                 f"{self.python} lacks {names}, which tau-bench needs: {self.python} -m pip install {names}, "
                 "or give another --python"
             )
-        return accepted(Path(home, "types.py"))
+        return Path(home)
 
     def _probe(self, *packages: str) -> tuple[str | None, list[str]]:
         """Where its interpreter finds tau_bench, and which packages it does not find."""
@@ -227,7 +227,8 @@ class Bench:
         self, benchmark: Benchmark, evals: list[Eval], at_once: int, key: str, environment: Mapping[str, str]
     ) -> None:
         """BadInput for what can be seen to be wrong before anything starts. key: for the proxy."""
-        known = benchmark.flags(any(value(e.flags, "agent-strategy") in TOOL_AGENTS for e in evals))
+        self._package = benchmark.package(any(value(e.flags, "agent-strategy") in TOOL_AGENTS for e in evals))
+        known = accepted(self._package / "types.py")
         for e in evals:
             check_name("run", e.run)
             check(e.flags, known)
@@ -317,7 +318,9 @@ class Bench:
             e.trouble = f"{e.results()} broke off: nothing is joined"
         elif path := e.results():
             env, split = value(e.flags, "env"), value(e.flags, "task-split")
-            e.joined = await proxy.link(e.run, path.name, await asyncio.to_thread(path.read_bytes), env, split)
+            tasks = await asyncio.to_thread(read_tasks, self._package, env, split)
+            results = await asyncio.to_thread(path.read_bytes)
+            e.joined = await proxy.link(e.run, path.name, results, env, split, tasks)
 
     async def _watch(self, proxy: Client) -> None:
         """Say how far they have come: a table that is kept up to date on a terminal, now and then a line elsewhere."""
@@ -400,6 +403,7 @@ def _lines(e: Eval) -> Iterator[str]:
         yield f"joined: {e.joined.joined} of {len(e.scores)} results"
         yield from (f"no episode for {result}" for result in e.joined.results)
         yield from (f"in no results file: episode {episode}" for episode in e.joined.episodes)
+        yield from e.joined.doubts
     if e.trouble is not None:
         yield f"trouble: {e.trouble}"
     yield f"run: {e.place}; results: {e.results() or e.log_dir}"

@@ -81,7 +81,9 @@ def accepted(types: Path) -> set[str]:
 
 
 def check(flags: Flags, known: set[str]) -> None:
-    """BadInput for a flag that tau-bench does not have, one without a value, or one that wants a keyboard."""
+    """BadInput for a flag that tau-bench does not have, one without a value or that lacks another, or one that wants a
+    keyboard.
+    """
     for name, words in flags.items():
         if name not in known and name not in OURS:
             raise BadInput(f"--{name}: tau-bench has no such flag; it takes --{', --'.join(sorted(known))}")
@@ -89,6 +91,11 @@ def check(flags: Flags, known: set[str]) -> None:
             raise BadInput(f"--{name}: give it a value")
     if "human" in flags.get("user-strategy", []):
         raise BadInput("--user-strategy human: nobody can type here; give llm, react, verify or reflection")
+    if "few-shot" in flags.get("agent-strategy", []) and "few-shot-displays-path" not in flags:
+        raise BadInput(
+            "--agent-strategy few-shot: it needs --few-shot-displays-path, such as, in a checkout, "
+            "few_shot_data/MockRetailDomainEnv-few_shot.jsonl"
+        )
 
 
 def translate(flags: Flags, model: str) -> Flags:

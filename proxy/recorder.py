@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -425,10 +425,15 @@ class Recording:
         await self._on_disk(self._store.roll)
         return await asyncio.to_thread(totals, self._store.layout)
 
-    async def link(self, results: list[Result], env: str | None, split: str | None) -> tuple[Links, int]:
-        """Join a benchmark's results to the run's episodes; returns what was found and how much of it is new."""
+    async def link(
+        self, results: list[Result], env: str | None, split: str | None, tasks: Mapping[int, str]
+    ) -> tuple[Links, int]:
+        """Join a benchmark's results to the run's episodes; returns what was found and how much of it is new.
+
+        tasks: task id → instruction, as far as they are known
+        """
         run = await asyncio.to_thread(open_run, self._store.layout.root)
-        found = await asyncio.to_thread(find_links, run.history, results, env, split)
+        found = await asyncio.to_thread(find_links, run.history, results, env, split, tasks)
         n_new = await self._on_disk(self._store.link, found.links)
         await self._on_disk(self._store.roll)
         return found, n_new

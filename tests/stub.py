@@ -111,7 +111,12 @@ class Engine:
             self._cache(prompt.get("cache_salt", ""), ids + computed[0][:-1])
 
     def _blocks(self, salt: str, ids: list[int]) -> list[tuple[str, bytes]]:
-        return [(salt, bytes(ids[:stop])) for stop in range(BLOCK, len(ids) + 1, BLOCK)]
+        """Each whole block by all that it ends."""
+        prefix, found = hashlib.blake2b(digest_size=16), []
+        for stop in range(BLOCK, len(ids) + 1, BLOCK):
+            prefix.update(bytes(ids[stop - BLOCK : stop]))
+            found.append((salt, prefix.digest()))
+        return found
 
     def _cache(self, salt: str, ids: list[int]) -> None:
         self.cached.update(self._blocks(salt, ids))
@@ -187,7 +192,7 @@ class Stub:
         try:
             body = await request.json()
             self.bodies.append(body)
-            told = body.get("stub_reply")
+            told = self.told(body)
             spared = told is not None and XARG not in (body.get("vllm_xargs") or {})
             prompts = [] if spared else self._prompts(body, kind)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -237,6 +242,11 @@ class Stub:
         if fault in ("cut", "stall"):
             return StreamingResponse(_half(reply, fault), headers={"content-type": "application/json"})
         return Response(reply, media_type="application/json")
+
+    def told(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        """The message that this request is to be answered with; None for one that depends on the prompt."""
+        message: dict[str, Any] | None = body.get("stub_reply")
+        return message
 
     @staticmethod
     def _tell(message: dict[str, Any], identity: str = "chatcmpl-told") -> Response:
@@ -348,11 +358,16 @@ def _with_app(app: Any, starlette: Starlette) -> Any:
     return run
 
 
-if __name__ == "__main__":  # a worker's command line, as far as `tautap up` needs one
+def main(worker: type[Stub] = Stub) -> None:
+    """A worker's command line, as far as `tautap up` needs one."""
     flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=False))
     if "--fail" in flags:
         sys.exit(f"told to fail with {flags['--fail']}")
     with tempfile.TemporaryDirectory() as scratch:
-        told = Stub(Path(flags.get("--spool-dir", scratch)))
-        told.token_s = float(flags.get("--token-s", 0))
-        server(told, port=int(flags["--port"])).run()
+        stub = worker(Path(flags.get("--spool-dir", scratch)))
+        stub.token_s = float(flags.get("--token-s", 0))
+        server(stub, port=int(flags["--port"])).run()
+
+
+if __name__ == "__main__":
+    main()

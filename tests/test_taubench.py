@@ -24,7 +24,7 @@ from episodes.layout import Layout
 from episodes.records import Call
 from episodes.run import Run, open_run
 from episodes.store import Store
-from episodes.taubench import Result, find_links, read_results
+from episodes.taubench import Result, find_links, read_results, read_tasks
 from episodes.verify import problems
 from tests.conftest import free_port, until
 from tests.player import POLICY, Task, play
@@ -110,15 +110,15 @@ def check_turns(calls):
         before = truth if call.status != 200 else None
 
 
-def check_linked(run_dir, tmp_path, results, expected, name="results.json"):
+def check_linked(run_dir, tmp_path, results, expected, *options):
     """`tautap link` gives every episode its own result, and the second time changes nothing."""
-    path = tmp_path / name
+    path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
-    output = CliRunner().invoke(link, [str(run_dir), str(path)])
+    output = CliRunner().invoke(link, [str(run_dir), str(path), *options])
     assert output.exit_code == 0, output.output
     assert f"{len(results)} results joined, {len(results)} of them new" in output.output, output.output
     assert "0 results without an episode, 0 episodes without a result" in output.output
-    again = CliRunner().invoke(link, [str(run_dir), str(path)])
+    again = CliRunner().invoke(link, [str(run_dir), str(path), *options])
     assert f"{len(results)} results joined, 0 of them new" in again.output
     rows = {row["episode"]: row for row in open_run(run_dir).episodes.to_pylist() if row["episode"] != WARMUPS}
     assert {e: f"{r['task_id']}/{r['trial']}" for e, r in rows.items()} == expected
@@ -176,6 +176,58 @@ def test_attempts_that_crashed_are_linked_by_their_instruction(tmp_path):
     crashed = {f"{row['task_id']}/{row['trial']}" for row in rows.values() if row["error"] == "told to crash"}
     assert crashed == {"1/0", "2/1", "1/2", "3/2"}
     assert {row["linked_by"] for row in rows.values()} == {"transcript", "instruction"}
+
+
+def make_checkout(home, env, instructions):
+    """What of a tau-bench says its tasks."""
+    path = home / "tau_bench" / "envs" / env / "tasks_test.py"
+    path.parent.mkdir(parents=True)
+    tasks = [f"Task(annotator='0', user_id='u', instruction={text!r}, actions=[], outputs=[])" for text in instructions]
+    path.write_text(f"from tau_bench.types import Action, Task\n\nTASKS = [{', '.join(tasks)}]\n")
+    return home
+
+
+def test_tasks_that_crashed_in_another_order_than_theirs_are_told_apart_by_a_checkout(tmp_path):
+    """Nothing in their results says which was which: without a checkout it is guessed, and said to be."""
+    tasks = [make_task(number, 0, random.Random(number), crash_at=0) for number in range(3)]
+    with Running(Stub(tmp_path / "spool"), captures=False) as stub, proxy_process(stub.url, tmp_path / "data") as url:
+        results = sorted(play(url, MODEL, [tasks[2]], [tasks[0]], [tasks[1]]), key=lambda r: r["task_id"])
+    run = open_run(tmp_path / "data" / "r")
+    guessed = find_links(run.history, [msgspec.convert(r, Result) for r in results])
+    assert len(list(guessed.doubts())) == 3 and all("by the order of tasks alone" in d for d in guessed.doubts())
+    checkout = make_checkout(tmp_path / "tau-bench", "airline", [task.instruction for task in tasks])
+    options = ("--tau-bench", str(checkout), "--env", "airline")
+    rows = check_linked(run.layout.root, tmp_path, results, check_places(run), *options)
+    assert {row["linked_by"] for row in rows.values()} == {"instruction"}
+    again = CliRunner().invoke(link, [str(run.layout.root), str(tmp_path / "results.json"), *options[2:]])
+    assert "3 results joined, 0 of them new" in again.output and "by the order" not in again.output, (
+        "what is known stays"
+    )
+
+
+def test_a_crashed_result_of_another_run_takes_no_episode_from_its_own(tmp_path):
+    """Not even the only one of whose task nothing is known."""
+    tasks = [make_task(number, 0, random.Random(number)) for number in range(2)]
+    with Running(Stub(tmp_path / "spool"), captures=False) as stub, proxy_process(stub.url, tmp_path / "data") as url:
+        results = play(url, MODEL, tasks)
+    run = open_run(tmp_path / "data" / "r")
+    check_linked(run.layout.root, tmp_path, results, check_places(run))
+    strangers = [{**results[0], "traj": [], "info": {"error": "odd"}}, {**results[1], "traj": [], "info": {}}]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(strangers))
+    refused = CliRunner().invoke(link, [str(run.layout.root), str(other)]).exception
+    assert isinstance(refused, BadInput) and "is it another run's?" in str(refused)
+
+
+def test_a_checkout_that_does_not_have_the_tasks_is_refused(tmp_path):
+    checkout = make_checkout(tmp_path / "tau-bench", "airline", ["Book a flight."])
+    assert read_tasks(checkout / "tau_bench", "airline", "test") == {0: "Book a flight."}
+    assert read_tasks(checkout / "tau_bench", "airline", "dev") == {}
+    path = tmp_path / "results.json"
+    path.write_text("[]")
+    for options, says in ([("--env", "retail"), "no tasks of --env retail --split test"], [(), "say which tasks"]):
+        command = [str(tmp_path), str(path), "--tau-bench", str(checkout), *options]
+        assert says in str(CliRunner().invoke(link, command).exception)
 
 
 def test_a_role_is_captured_as_it_is_told(tmp_path):

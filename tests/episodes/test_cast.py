@@ -1,5 +1,9 @@
 """Who speaks with whom, in any order in which it can have happened."""
 
+import random
+from collections import defaultdict
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -145,6 +149,125 @@ def test_warm_ups_and_those_who_watch_them_are_in_no_task():
     asked = "You are a supervisor of the Agent in the conversation.\n# Transcript:\n" + shown + "\n\n# Response:\nHello"
     list(world.ask([{"role": "user", "content": asked}], "true"))
     assert [(group.episode, group.threads) for group in world.cast.groups()] == [(WARMUPS, ["t-c1", "t-c2"])]
+
+
+def watched(messages, reply, whole=True):
+    """What a supervisor is asked about a simulator's reply; whole: as the verify strategy shows it."""
+    labels = {"system": "System", "user": "Customer", "assistant": "Agent"}
+    transcript = "\n".join(f"{labels[m['role']]}: {m['content']}" for m in messages)
+    begin = "You are a supervisor of the Agent in the conversation.\n# Transcript:\n"
+    response = f"Message(content={reply!r})" if whole else reply
+    return [{"role": "user", "content": f"{begin}{transcript}\n\n# Response:\n{response}"}]
+
+
+def supervised(world, messages, reply, verdict):
+    """A simulator of the verify strategy says something, and its supervisor what it thinks of it."""
+    list(world.ask(messages, reply))
+    list(world.ask(watched(messages, reply), verdict))
+
+
+class Trials:
+    """Trials of tasks in which everybody says the same, but for who the user is; supervisors are of no firm opinion.
+
+    said: thread → (task, trial), side, of each of its calls
+    """
+
+    LINES = ("Hi!", "Who are you?", "I am number {}.", "Done.", "###STOP###")
+
+    def __init__(self, user, seed):
+        self.cast = Cast(TauBench())
+        self.said = defaultdict(list)
+        self._user = {"verify": self.verified, "reflection": self.reflected}[user]
+        self._random = random.Random(seed)
+        self._n = 0
+
+    def run(self, n_tasks, n_trials, at_once):
+        for trial in range(n_trials):
+            waiting, playing = [self.play(task, trial) for task in range(n_tasks)], []
+            while waiting or playing:
+                while waiting and len(playing) < at_once:
+                    playing.append(waiting.pop(0))
+                one = self._random.choice(playing)
+                if next(one, "over") == "over":
+                    playing.remove(one)
+
+    def play(self, task, trial):
+        """Of four tasks one ends in an exception, when the user has said who it is."""
+        user, agent = [prompt(f"number {task}"), HI], [POLICY]
+        for i, line in enumerate(self.LINES[: 3 if task % 4 == 3 else 5]):
+            text = line.format(task)
+            if i % 2:
+                yield from self.ask(agent, text, (task, trial), "agent" if i > 1 else "any agent")
+                agent.append(said(text))
+                user.append({"role": "user", "content": text})
+            else:
+                yield from self._user(user, text, (task, trial))
+                agent.append({"role": "user", "content": text})
+
+    def ask(self, messages, reply, whose, side):
+        self._n += 1
+        place = self.cast.place(f"c{self._n}", messages, self.cast.dialect.part(messages), retried=False)
+        self.said[place.thread].append((whose, side))
+        yield
+        self.cast.replied(place, [said(reply)])
+        yield
+
+    def watch(self, messages, reply, verdict, whose, whole=True):
+        yield from self.ask(watched(messages, reply, whole), verdict, whose, f"supervisor {self._n}")
+
+    def verified(self, user, text, whose):
+        messages = list(user)
+        for _ in range(3):
+            good = self._random.random() < 0.6
+            yield from self.ask(messages, text, whose, "user")
+            yield from self.watch(messages, text, str(good), whose)
+            if good:
+                user.append(said(text))
+                return
+
+    def reflected(self, user, text, whose):
+        messages, good = list(user), self._random.random() < 0.6
+        yield from self.ask(messages, text, whose, "user")
+        user.append(said(text))
+        yield from self.watch(messages, text, str(good), whose, False)
+        if good:
+            return
+        beside = [*messages, {"role": "user", "content": "Better."}]
+        yield from self.watch(messages, text, "Reflection:\nHm.\n\nResponse:\nBetter.", whose, False)
+        yield from self.ask(beside, text, whose, "user")
+        user.append(said(text))
+        yield from self.watch(beside, text, "True", whose, False)
+
+
+@pytest.mark.parametrize("user", ["verify", "reflection"])
+@pytest.mark.parametrize("at_once", [1, 16])
+@pytest.mark.parametrize("seed", range(8))
+def test_trials_in_which_everybody_says_the_same_are_told_apart(user, at_once, seed):
+    """Up to the agents' first calls, which have nothing of their own, when tasks run at once."""
+    trials = Trials(user, seed)
+    trials.run(8, 4, at_once)
+    groups = trials.cast.groups()
+    assert len(groups) == 32
+    for group in groups:
+        calls = [[call for call in trials.said[thread] if call[1] != "any agent"] for thread in group.threads]
+        assert all(len(set(one)) == 1 for one in calls if one), "a thread is one side of one attempt"
+        assert len({whose for one in calls for whose, _ in one}) == 1, "and an episode one attempt"
+
+
+def test_a_supervisor_watches_the_conversation_that_has_just_gone_on_not_one_like_it_that_has_ended():
+    """One trial ends, in an exception say, when a reply was approved; in the next one the same is rejected twice."""
+    world = World([])
+    opening = [prompt("buy"), HI]
+    going_on = [*opening, said("Hi!"), {"role": "user", "content": "Who are you?"}]
+    for verdicts in (["true"], ["false", "false", "true"]):
+        supervised(world, opening, "Hi!", "true")
+        for verdict in verdicts:
+            supervised(world, going_on, "I am 3.", verdict)
+    users = [group.threads for group in world.cast.groups()]
+    assert [len(threads) for threads in users] == [3, 5], "a user and a supervisor for each of its replies"
+    first, second = ([history[:3] for history in world.histories[threads[0]]] for threads in users)
+    assert first == [(0, 0, "turn"), (1, 0, "turn")]
+    assert second == [(0, 0, "turn"), (1, 0, "turn"), (1, 1, "reask"), (1, 2, "reask")]
 
 
 def test_a_client_that_is_no_benchmark_gets_an_episode_a_thread():

@@ -1,6 +1,5 @@
 """The proxy's own routes: what a run holds, sealing it, joining results to it."""
 
-import json
 import threading
 
 import pytest
@@ -85,9 +84,9 @@ def test_results_are_joined_while_the_proxy_runs(proxy, http):
     assert http.post(f"{proxy.url}/tautap/runs/r/seal").json()["n_episodes"] == 3
     stranger = {**results[0], "task_id": 7, "traj": [user("never said")]}
     link = f"{proxy.url}/tautap/runs/r/link?name=act-m-0.0_range_0--1_user-m-llm_0101000000.json&env=retail&split=test"
-    said = http.post(link, content=json.dumps([*results, stranger])).json()
+    said = http.post(link, json={"results": [*results, stranger]}).json()
     assert (said["joined"], said["new"], said["results"]) == (2, 2, ["task 7, trial 0"]) and len(said["episodes"]) == 1
-    assert http.post(link, content=json.dumps(results)).json()["new"] == 0
+    assert http.post(link, json={"results": results}).json()["new"] == 0
     for _ in range(2):
         rows = {row["task_id"]: row for row in proxy.open().episodes.to_pylist() if row["task_id"]}
         assert {task: (row["reward"], row["env"], row["split"]) for task, row in rows.items()} == {
@@ -97,11 +96,17 @@ def test_results_are_joined_while_the_proxy_runs(proxy, http):
         proxy.stop()
 
 
-@pytest.mark.parametrize("body", [b"[{", b'[{"task_id": 1}]', b"{}"])
-def test_a_results_file_of_another_shape_is_refused(proxy, http, body):
-    said = http.post(f"{proxy.url}/tautap/runs/r/link?name=odd.json", content=body)
+@pytest.mark.parametrize("results", [[{"task_id": 1}], {}, None])
+def test_a_results_file_of_another_shape_is_refused(proxy, http, results):
+    said = http.post(f"{proxy.url}/tautap/runs/r/link?name=odd.json", json={"results": results})
     assert said.status_code == 400
     assert "odd.json is not a results file of tau-bench, a JSON list of task_id" in said.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"[{", b"[]", b"{}", b'{"results": [], "tasks": {"one": ""}}', b"[" * 9999])
+def test_a_body_that_holds_no_results_is_refused(proxy, http, body):
+    said = http.post(f"{proxy.url}/tautap/runs/r/link", content=body)
+    assert said.status_code == 400 and "the body is not results" in said.json()["error"]["message"]
 
 
 def test_a_run_whose_name_is_none_is_refused(proxy, http):

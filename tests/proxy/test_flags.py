@@ -112,6 +112,14 @@ def test_a_user_who_would_sit_at_a_keyboard_is_refused():
         check(parse(["--user-strategy", "human"]), {"user-strategy"})
 
 
+def test_an_agent_that_is_shown_examples_needs_to_be_told_which():
+    """tau-bench would say so too, but only when the model is loaded."""
+    known = {"agent-strategy", "few-shot-displays-path"}
+    with pytest.raises(BadInput, match="few-shot: it needs --few-shot-displays-path"):
+        check(parse(["--agent-strategy", "few-shot"]), known)
+    check(parse(["--agent-strategy", "few-shot", "--few-shot-displays-path", "shots.jsonl"]), known)
+
+
 @pytest.mark.parametrize("text", ["class Config: pass", "class :"])
 def test_a_file_without_a_run_config_is_no_tau_benchs(tmp_path, text):
     (tmp_path / "types.py").write_text(text)
