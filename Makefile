@@ -28,7 +28,8 @@ $(VENV)/inspect/ready:
 test: setup $(VENV)/inspect/ready
 	$(BIN)/pytest
 
-# Every fault of tests/faults so many times, and a tally of what became of the calls; `make test` injects each once.
+# Every fault of tests/faults so many times, those that end a real engine a tenth as often, and a tally of what became of
+# the calls; `make test` injects each once.
 TIMES ?= 50
 faults: setup
 	$(BIN)/pytest tests/faults --times $(TIMES)
