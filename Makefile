@@ -44,7 +44,8 @@ containers: setup $(BIN)/docker-compose
 test: setup $(VENV)/inspect/ready $(BIN)/docker-compose
 	$(BIN)/pytest
 
-# Every fault of tests/faults so many times, and a tally of what became of the calls; `make test` injects each once.
+# Every fault of tests/faults so many times, those that end a real engine a tenth as often, and a tally of what became of
+# the calls; `make test` injects each once.
 TIMES ?= 50
 faults: setup
 	$(BIN)/pytest tests/faults --times $(TIMES)

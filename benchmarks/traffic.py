@@ -98,7 +98,8 @@ class Claimed(Nothing):
 
     async def keep(self, session: aiohttp.ClientSession, call: str, reply: Message) -> int:
         file = self._scratch / call
-        backend = Backend(Config("", self._scratch, ""), session)  # the session knows the worker's address
+        backend = Backend(Config("http://worker", self._scratch, ""), session)
+        backend.url = ""  # the session knows the worker's address
         await backend.claim(call, file)
         await backend.forget(call)
         return self.take(file)

@@ -23,15 +23,19 @@ import httpx
 import numpy as np
 import openai
 
-from episodes.run import open_run
+from episodes import records
+from episodes.messages import chat, parse_object
+from episodes.run import Call, open_run
 from episodes.verify import problems
 from tests.conftest import free_port, until
-from tests.stub import MODEL, POINTS, rows
+from tests.stub import MODEL, POINTS, answer, render, rows
 
 TURNS = 3
 CLIENTS = 4
 # What `verify` may say of a call: that it was lost. Anything else is damage.
-LOSS = re.compile(r"call (?P<call>[\w-]+)(, choice \d+)?: no (activations: .+|rows for positions \d+ to \d+)")
+LOSS = re.compile(
+    r"call (?P<call>[\w-]+)(, choice \d+)?: no (activations: (?P<reason>.+)|rows for positions \d+ to (?P<stop>\d+))"
+)
 TROUBLE = (openai.OpenAIError, httpx.HTTPError, httpx.StreamError)
 
 
@@ -45,6 +49,7 @@ class Process:
     def __init__(self, command: list[str], health: str, log: Path) -> None:
         self.command = command
         self.log = log
+        self._env = {name: text for name, text in os.environ.items() if name != "NNSIGHT_CONFIG"}
         self._health = health
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -52,7 +57,7 @@ class Process:
         """prefix: a program that runs the command, such as a tracer."""
         with self.log.open("ab") as log:
             command = [*prefix, *self.command]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=self._env, start_new_session=True)
         until(lambda: self._answers() or not self.alive, f"{self.command}", 120)
         assert self.alive, self.log.read_text(errors="replace")[-4000:]
 
@@ -85,19 +90,28 @@ class Process:
 
 
 class Stack:
-    """A worker, a proxy and the run that they record. `answered`: call id → text, of replies that came whole."""
+    """A worker, a proxy and the run that they record. `answered`: call id → text, of replies that came whole.
+
+    model, fields: what every request's body has.
+    """
+
+    model = MODEL
+    fields: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, home: Path, data: Path | None = None) -> None:
         self.home = home
         self.spool = home / "spool"
         self.run_dir = (data or home / "data") / "r"
         self.worker_port, self.port = free_port(), free_port()
-        worker = ["-m", "tests.stub", "--port", f"{self.worker_port}", "--spool-dir", f"{self.spool}"]
-        worker += ["--token-s", "0.002"]
         worker_url = f"http://127.0.0.1:{self.worker_port}"
-        self.worker = Process([sys.executable, *worker], f"{worker_url}/health", home / "worker.log")
+        self.worker = Process([sys.executable, *self._worker()], f"{worker_url}/health", home / "worker.log")
         self.proxy = self.proxy_to(worker_url)
         self.answered: dict[str, str] = {}
+
+    def _worker(self) -> list[str]:
+        """The arguments of the worker's process."""
+        where = ["--port", f"{self.worker_port}", "--spool-dir", f"{self.spool}"]
+        return ["-m", "tests.stub", *where, "--token-s", "0.002"]
 
     @property
     def url(self) -> str:
@@ -121,9 +135,40 @@ class Stack:
     def ask(self, text: str, port: int | None = None, timeout_s: float = 60, **options: Any) -> str:
         """Ask one question; returns the call's id. What was answered whole has to be on disk later, or named."""
         with self.client(port, timeout_s) as client:
-            call, reply = ask(client, [{"role": "user", "content": text}], **options)
+            call, reply = self.converse(client, [{"role": "user", "content": text}], **options)
         self.answered[call] = reply
         return call
+
+    def converse(self, client: openai.OpenAI, messages: Any, stream: bool = False, **fields: Any) -> Answer:
+        """A call's id and reply, if it comes whole; one of `TROUBLE` if not. fields: more for the body."""
+        fields = self.fields | fields
+        create = client.chat.completions.create
+        if not stream:
+            made = create(model=self.model, messages=messages, extra_body=fields)
+            return Answer(made.id.removeprefix("chatcmpl-"), made.choices[0].message.content or "")
+        text, name, whole = "", "", False
+        for chunk in create(model=self.model, messages=messages, stream=True, extra_body=fields):
+            name = chunk.id.removeprefix("chatcmpl-")
+            text += chunk.choices[0].delta.content or ""
+            whole = chunk.choices[0].finish_reason is not None
+        if not whole:
+            raise CutShort(f"{name} ended after {text!r}")
+        return Answer(name, text)
+
+    def check_call(self, call: Call, text: str) -> None:
+        """A call of which nothing is lost has the tokens that its client got, and the rows that they make."""
+        (sequence,) = call.record.sequences
+        assert bytes(sequence.completion_token_ids).decode() == text
+        expected = rows(sequence.tokens.tolist(), POINTS)
+        for i, point in enumerate(POINTS):
+            assert np.array_equal(call.activations(point), expected[:, i]), (call.record.id, point)
+
+    def explains(self, lost: records.Call, call: records.Call, stop: int) -> bool:
+        """Whether the loss of one call is why another lacks rows up to `stop`: it computed those tokens."""
+        prompt = render(chat(parse_object(lost.request)) or [])
+        computed = prompt + list(answer(prompt).encode())
+        (sequence,) = call.sequences
+        return computed[:stop] == sequence.tokens[:stop].tolist()
 
     def account(self, calls: Collection[str]) -> Account:
         """Wait until these calls, answered all, are in the journal and no file is left over; check them."""
@@ -168,6 +213,7 @@ class Account:
     """Where answered calls are, by the run as it lies on disk now: in the journal or `lost`."""
 
     def __init__(self, stack: Stack, calls: Collection[str]) -> None:
+        self._stack = stack
         self._run = open_run(stack.run_dir)
         self._answered = {call: stack.answered[call] for call in calls}
         self.lost = self._answered.keys() - self._run.history.calls.keys()
@@ -186,17 +232,26 @@ class Account:
         """What is on disk is what the client got, with the rows that its tokens make; what is not has its reason."""
         assert [line for line in self._said if not LOSS.fullmatch(line)] == []
         for call in self._answered.keys() - self.named - self.lost:
-            self._check_call(call)
-        reasons = [call.lost for call in self._run.history.calls.values() if call.lost]
-        assert not self.named or reasons, "calls lack rows and nothing says why"
+            self._stack.check_call(self._run.call(call), self._answered[call])
+        assert self._unexplained() == []
 
-    def _check_call(self, name: str) -> None:
-        call = self._run.call(name)
-        (sequence,) = call.record.sequences
-        assert bytes(sequence.completion_token_ids).decode() == self._answered[name]
-        expected = rows(sequence.tokens.tolist(), POINTS)
-        for i, point in enumerate(POINTS):
-            assert np.array_equal(call.activations(point), expected[:, i]), (name, point)
+    def _unexplained(self) -> list[str]:
+        """Losses that have no reason of their own, nor that of another call whose rows were to be shared."""
+        calls = self._run.history.calls
+        lost = [call for call in calls.values() if call.lost]
+        found = []
+        for line, loss in ((line, LOSS.fullmatch(line)) for line in self._said):
+            if loss is None or loss["call"] not in self.named:
+                continue
+            call = calls[loss["call"]]
+            if loss["reason"] is not None:
+                explained = loss["reason"] == call.lost
+            else:
+                explained = bool(call.lost) or any(
+                    self._stack.explains(other, call, int(loss["stop"])) for other in lost
+                )
+            found += [] if explained else [line]
+        return found
 
 
 class Load:
@@ -241,7 +296,7 @@ class Load:
         messages = [{"role": "system", "content": "You are a clerk. " * 5}]
         for turn in range(TURNS):
             messages.append({"role": "user", "content": f"{name}, turn {turn}, {len(self._stack.answered)}"})
-            call, text = ask(client, messages, stream=stream)
+            call, text = self._stack.converse(client, messages, stream=stream)
             self._stack.answered[call] = text
             messages.append({"role": "assistant", "content": text})
             yield
@@ -250,19 +305,3 @@ class Load:
 class Answer(NamedTuple):
     call: str
     text: str
-
-
-def ask(client: openai.OpenAI, messages: Any, stream: bool = False, **fields: Any) -> Answer:
-    """A call's id and reply, if it comes whole; one of `TROUBLE` if not. fields: more for the body."""
-    create = client.chat.completions.create
-    if not stream:
-        made = create(model=MODEL, messages=messages, extra_body=fields)
-        return Answer(made.id.removeprefix("chatcmpl-"), made.choices[0].message.content or "")
-    text, name, whole = "", "", False
-    for chunk in create(model=MODEL, messages=messages, stream=True, extra_body=fields):
-        name = chunk.id.removeprefix("chatcmpl-")
-        text += chunk.choices[0].delta.content or ""
-        whole = chunk.choices[0].finish_reason is not None
-    if not whole:
-        raise CutShort(f"{name} ended after {text!r}")
-    return Answer(name, text)

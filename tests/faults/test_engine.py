@@ -1,0 +1,89 @@
+"""The real worker, killed under load: its API server, the engine process that has the model, the proxy before it."""
+
+import random
+
+import psutil
+import pytest
+
+from episodes.messages import chat, parse_object
+from tests.conftest import until
+from tests.faults.conftest import running, tally
+from tests.faults.stack import Load, Stack
+
+pytestmark = pytest.mark.engine
+
+
+class RealStack(Stack):
+    """The embedded model behind the proxy."""
+
+    model = "SmolLM2-135M-Instruct"
+    fields = {"max_tokens": 12, "temperature": 0}  # noqa: RUF012
+
+    def _worker(self):
+        self.spool = self.home / f"tautap-spool-{self.worker_port}"
+        where = ["--port", f"{self.worker_port}", "--spool-dir", f"{self.home}"]
+        # Blocks of 32 tokens, for the prompts here to share some.
+        engine = ["--max-model-len", "1024", "--block-size", "32", "--gpu-memory-utilization", "0.2"]
+        return ["-m", "worker", "--layers", "0,15,29", *where, *engine]
+
+    def check_call(self, call, text):
+        """Whether the rows are the right ones is for the tests of the engine: here, none may be missing."""
+        (sequence,) = call.record.sequences
+        (reply,) = parse_object(call.record.reply)["choices"]
+        assert (reply["message"]["content"] or "") == text
+        for point in call.record.points:
+            assert len(call.activations(point)) == sequence.n_positions
+
+    def explains(self, lost, call, stop):
+        """The two began with the same words."""
+        return chat(parse_object(lost.request))[0] == chat(parse_object(call.request))[0]
+
+
+def kill_engine(stack):
+    """Its process that has the model: of all that the worker started, the largest. The others notice, and end."""
+    started = psutil.Process(stack.worker.pid).children(recursive=True)
+    max(started, key=lambda process: process.memory_info().rss).kill()
+    until(lambda: not stack.worker.alive, "the API server's end", 60)
+
+
+def kill_api_server(stack):
+    psutil.Process(stack.worker.pid).kill()
+
+
+def kill_proxy(stack):
+    stack.proxy.kill()
+
+
+# fault → how, and whether no call may be lost by it
+KILLS = {
+    "kill -9 of the proxy, real worker": (kill_proxy, True),
+    "kill -9 of the engine": (kill_engine, False),
+    "kill -9 of the API server": (kill_api_server, False),
+}
+
+
+def test_the_real_worker_and_the_proxy_before_it_are_killed_and_no_answered_call_is_lost_unnamed(
+    engines, tmp_path, times
+):
+    """Each is started again, and the next call works."""
+    engines.stop()  # one engine at a time
+    chance = random.Random(2)
+    stack = RealStack(tmp_path)
+    for _ in running(stack):
+        for _ in range(max(times // 10, 1)):
+            for fault, (kill, lossless) in KILLS.items():
+                with tally(fault, stack, lossless=lossless):
+                    with Load(stack) as load:
+                        load.wait(chance.uniform(0.5, 4))
+                        kill(stack)
+                        load.wait(0.2)
+                    restart(stack)
+        stack.finish()
+
+
+def restart(stack):
+    """Start what does not run any more, and nothing that it started before either."""
+    for process in (stack.worker, stack.proxy):
+        if not process.alive:
+            process.kill()
+            process.start()
