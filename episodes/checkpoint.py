@@ -95,7 +95,7 @@ class State(NamedTuple):
 
 def state(layout: Layout) -> State:
     """The run now, by its checkpoint as far as that goes."""
-    found = load(layout)
+    found = read(layout)
     history, lines = History(forget_sealed=True), Lines()
     start, damaged = 0, False
     stop = layout.journal.stat().st_size if layout.journal.exists() else 0
@@ -121,7 +121,7 @@ def _take(history: History, lines: Lines, place: int, record: Record) -> None:
     lines.note(place, record)
 
 
-def load(layout: Layout) -> tuple[About, dict[tuple[str, ...], Rows]] | None:
+def read(layout: Layout) -> tuple[About, dict[tuple[str, ...], Rows]] | None:
     """A run's checkpoint and who stored which row, None if there is none that can be read and is of this journal."""
     try:
         file = pq.ParquetFile(layout.rows, page_checksum_verification=True)

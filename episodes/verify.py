@@ -79,7 +79,7 @@ def _index_problems(run: Run) -> Iterator[str]:
 def _checkpoint_problems(run: Run) -> Iterator[str]:
     """Whether what a writer would start from is what the journal says."""
     path = run.layout.rows
-    if path.exists() and checkpoint.load(run.layout) is None:
+    if path.exists() and checkpoint.read(run.layout) is None:
         yield f"{path.name}: it cannot be read, or is of another journal; `tautap seal` writes it anew"
         return
     found, wanted = checkpoint.state(run.layout).history, run.history
