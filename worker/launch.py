@@ -16,6 +16,7 @@ import re
 import runpy
 import sys
 import traceback
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -101,6 +102,7 @@ def main() -> None:
         said, known = explained(reason)
         if not (told or known):
             traceback.print_exc()
+        resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # has its last word before us
         print(f"tautap worker: {said}", file=sys.stderr)
         code = 2 if known else 1
     sys.stdout.flush()

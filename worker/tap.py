@@ -288,7 +288,7 @@ class Tap(Interleaver):
 
     def _check_whole(self, ranks: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         for name, (first, *others) in ranks.items():
-            if not all(_same(other, first, TOLERANCE[dtype]) for other in others):
+            if _is_part(self._find(name)) or not all(_same(other, first, TOLERANCE[dtype]) for other in others):
                 raise UnknownPoint(
                     f"{name}: {self.family} has a part of it on each rank: name a module whose output is put together"
                 )
@@ -301,6 +301,17 @@ class Tap(Interleaver):
             before, attn, mlp, after = (seen[f"layers.0.{part}"].float() for part in ("input", "attn", "mlp", "output"))
             if not _same(before + attn + mlp, after, TOLERANCE[dtype]):
                 raise UnknownPoint(f"{self.family}: attn and mlp are not what joins the residual stream")
+
+
+def _is_part(watch: Watch) -> bool:
+    """Whether a linear layer of vLLM's says that each rank has its own there. The probe cannot tell of what attention
+    leaves: that was the same on all ranks.
+
+    source: vllm 0.32, model_executor/layers/linear.py, ColumnParallelLinear and RowParallelLinear
+    """
+    if watch.side == "input":
+        return bool(getattr(watch.module, "input_is_parallel", False))
+    return not getattr(watch.module, "gather_output", True) or not getattr(watch.module, "reduce_results", True)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -209,6 +209,9 @@ runpy.run_module("worker.launch", run_name="__main__")
 """
 
 
+ROOM = ["--gpu-memory-utilization", "0.1"]
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("flags", "says"),
@@ -217,8 +220,8 @@ runpy.run_module("worker.launch", run_name="__main__")
         (["--gpu-memory-utilization", "0.00001"], "--gpu-memory-utilization"),
         (["--max-model-len", "100000"], "give a smaller --max-model-len (Value error, User-specified max_model_len"),
         (["-tp", "3"], "give another --tensor-parallel-size"),
-        (["--load-format", "safetensors"], "the model's directory is not whole: download it again"),
-        (["--point", "x=model.layers.*.nothing.output"], "model.layers.0 has self_attn, mlp"),
+        (["--load-format", "safetensors", *ROOM], "the model's directory is not whole: download it again"),
+        (["--point", "x=model.layers.*.nothing.output", *ROOM], "model.layers.0 has self_attn, mlp"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         ([], "there is no GPU that can be used here"),
     ],
