@@ -57,9 +57,18 @@ def serve(port: int, spools: dict[str, Path]) -> None:
         rows = random_rows(TOKENS, HIDDEN, POINTS)
         for number in range(CALLS):
             fill(ledger, f"c-{number}", list(range(TOKENS)), POINTS, rows)
-        own = Routes(ledger, None)  # type: ignore[arg-type]  # only capabilities would look at it
-        routes.append(Mount(f"/{name}", routes=[Route("/v1/activations/{call}", own.claim)]))
+        routes.append(Mount(f"/{name}", routes=activations(ledger)))
     uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
+
+
+def activations(ledger: Ledger) -> list[Route]:
+    """A worker's own routes, but for what it says of a model: there is none."""
+    own = Routes(ledger, None)  # type: ignore[arg-type]  # only capabilities would look at it
+    return [
+        Route("/v1/activations", own.waiting, methods=["GET"]),
+        Route("/v1/activations/{call}", own.claim, methods=["GET"]),
+        Route("/v1/activations/{call}", own.forget, methods=["DELETE"]),
+    ]
 
 
 def random_rows(n_rows: int, hidden: int, points: list[str]) -> NDArray[np.uint8]:

@@ -13,8 +13,9 @@ import itertools
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 import msgspec
@@ -28,9 +29,8 @@ from starlette.routing import Route
 
 from episodes.records import Model
 from episodes.wire import CAPTURE_HEADER, Capture
-from handover import fill, random_rows
+from handover import activations, fill, random_rows
 from worker.ledger import Ledger
-from worker.server import Routes
 from worker.spool import prepare
 
 MODEL, HIDDEN = "m", 4096
@@ -83,7 +83,7 @@ class Replying(asyncio.Protocol):
     """A connection to the backend that replies at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
         self._came = bytearray()
 
     def data_received(self, data: bytes) -> None:
@@ -149,14 +149,11 @@ def recording(port: int, spool: Path) -> None:
         compute(request)
         yield LAST
 
-    own = Routes(ledger, None)  # type: ignore[arg-type]  # only capabilities would look at it
     routes = [
         Route("/health", lambda _: Response()),
         Route("/v1/capabilities", lambda _: Response(CAPABILITIES, media_type="application/json")),
         Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/activations", own.waiting),
-        Route("/v1/activations/{call}", own.claim, methods=["GET"]),
-        Route("/v1/activations/{call}", own.forget, methods=["DELETE"]),
+        *activations(ledger),
     ]
     uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
 
@@ -207,14 +204,14 @@ def beating(file: Path, arguments: list[str]) -> None:
                     worst = max(worst, time.perf_counter() - at - BEAT_S)
                 told.write(f"{worst * 1e3:.1f}\n")
 
-    async def beside(main: object) -> object:
+    async def beside(main: Awaitable[object]) -> object:
         beats = asyncio.create_task(beat())
         try:
-            return await main  # type: ignore[misc]
+            return await main
         finally:
             beats.cancel()
 
-    uvloop.run = lambda main: run(beside(main))  # type: ignore[assignment]
+    uvloop.run = lambda main: run(beside(main))  # so that nothing in the proxy is there to be measured
     from proxy.__main__ import cli
 
     cli(arguments, prog_name="tautap")

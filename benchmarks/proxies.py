@@ -25,11 +25,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import uvloop
 
-from peers import CHOICE, DONE, LENGTH, MODEL, PAUSE_S, PIECES, SAID, TOKEN_S, TOKENS
+from peers import DONE, LENGTH, MODEL, PAUSE_S, PIECES, SAID, TOKEN_S, TOKENS
 from servers import Server, machine, running
 
 PROXY_CORE, OTHER_CORE = "0", "1"
@@ -60,7 +60,7 @@ class Client(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = cast(asyncio.Transport, transport)
 
     async def ask(self, request: bytes) -> Reply:
         """The times of a reply, which has to be right."""
@@ -110,7 +110,7 @@ def request(*options: str) -> bytes:
     """A conversation's first call, as nobody has sent it before: 2 KB."""
     messages = [
         f'{{"role":"system","content":"{SAID * 5}"}}',
-        f'{{"role":"user","content":"{next(numbers)}: {CHOICE["message"]["content"]}"}}',  # type: ignore[index]
+        f'{{"role":"user","content":"{next(numbers)}: {SAID}"}}',
     ]
     fields = [f'"model":"{MODEL}"', f'"messages":[{",".join(messages)}]', '"temperature":0', *options]
     body = f"{{{','.join(fields)}}}"

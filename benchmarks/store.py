@@ -36,11 +36,10 @@ from episodes.records import Call, Kept, Model, Seal
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.wire import Sequence
-from handover import fill, parse, random_rows, ready, worker
+from handover import activations, fill, parse, random_rows, ready, worker
 from proxy.backend import Backend
 from proxy.config import Config
 from worker.ledger import Ledger
-from worker.server import Routes
 from worker.spool import prepare
 
 HIDDEN = 4096
@@ -65,12 +64,7 @@ def serve(port: int, spools: dict[str, Path]) -> None:
         rows = random_rows(n_rows, HIDDEN, POINTS)
         for number in range(n_calls):
             fill(ledger, f"c-{number}", [number, *range(n_rows - 1)], POINTS, rows)
-        own = Routes(ledger, None)  # type: ignore[arg-type]  # only capabilities would look at it
-        served = [
-            Route("/v1/activations/{call}", own.claim, methods=["GET"]),
-            Route("/v1/activations/{call}", own.forget, methods=["DELETE"]),
-        ]
-        routes.append(Mount(f"/{name}", routes=served))
+        routes.append(Mount(f"/{name}", routes=activations(ledger)))
     uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
 
 

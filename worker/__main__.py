@@ -192,8 +192,8 @@ def _check_address(vllm_args: list[str]) -> None:
     """BadInput where the server could not listen: found out before it loads a model."""
     from episodes.errors import BadInput
 
-    if _value(vllm_args, "--uds") is not None:
-        return free_socket(Path(_value(vllm_args, "--uds") or ""))
+    if uds := _value(vllm_args, "--uds"):
+        return free_socket(Path(uds))
     host, port = _value(vllm_args, "--host"), _value(vllm_args, "--port")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]

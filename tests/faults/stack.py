@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import httpx
 import numpy as np
@@ -96,7 +96,7 @@ class Stack:
     """
 
     model = MODEL
-    fields: dict[str, Any] = {}  # noqa: RUF012
+    fields: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, home: Path, data: Path | None = None) -> None:
         self.home = home

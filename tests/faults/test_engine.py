@@ -1,6 +1,7 @@
 """The real worker, killed under load: its API server, the engine process that has the model, the proxy before it."""
 
 import random
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ class RealStack(Stack):
     """The embedded model behind the proxy."""
 
     model = "SmolLM2-135M-Instruct"
-    fields = {"max_tokens": 12, "temperature": 0}  # noqa: RUF012
+    fields: ClassVar = {"max_tokens": 12, "temperature": 0}
 
     def _worker(self):
         self.spool = self.home / f"tautap-spool-{self.worker_port}"

@@ -52,7 +52,7 @@ class Rig:
 
     def __init__(self, tmp_path, points=("layers.0.output",), spool_bytes=1 << 30, buffer_bytes=1 << 30):
         torch.manual_seed(0)
-        self.model = Toy()
+        self.model = self.toy = Toy()
         self.tap = Tap(self.model, N_LAYERS)
         self.source = self.observe(list(points))
         self.spool = tmp_path / "spool"
@@ -97,8 +97,8 @@ class Rig:
     def stream(self, tokens, layer):
         """[tokens, hidden]: the residual stream after a layer. The toy has no attention: a token stands alone."""
         with torch.no_grad():
-            hidden, residual = self.model.embed(torch.tensor(tokens)), None
-            for block in self.model.layers[: layer + 1]:
+            hidden, residual = self.toy.embed(torch.tensor(tokens)), None
+            for block in self.toy.layers[: layer + 1]:
                 residual = hidden if residual is None else hidden + residual
                 hidden = block.mlp(block.self_attn(residual))
             return (hidden + residual).numpy()
