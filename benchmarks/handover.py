@@ -36,7 +36,6 @@ from starlette.routing import Mount, Route
 
 from episodes.wire import CallFile
 from proxy.backend import Backend
-from proxy.config import Config
 from worker.ledger import Ledger
 from worker.server import Routes
 from worker.spool import SpoolFile, prepare
@@ -134,7 +133,7 @@ async def compare(url: str, server: psutil.Process, data: Path, rounds: int) -> 
         await ready(session, url)
 
         def backend(name: str, spool_dir: Path | None = None) -> Backend:
-            return Backend(Config(f"{url}/{name}", data, "r", spool_dir=spool_dir), session)
+            return Backend(f"{url}/{name}", session, spool_dir=spool_dir)
 
         ways: dict[str, Way] = {
             "HTTP": backend("tmpfs", data / "nowhere").claim,

@@ -38,7 +38,6 @@ from episodes.store import Store
 from episodes.wire import Sequence
 from handover import activations, fill, parse, random_rows, ready, worker
 from proxy.backend import Backend
-from proxy.config import Config
 from worker.ledger import Ledger
 from worker.spool import prepare
 
@@ -85,7 +84,7 @@ async def record(url: str, layout: Layout) -> tuple[list[float], float]:
     took = []
     async with aiohttp.ClientSession(auto_decompress=False) as session:
         await ready(session, url)
-        backend = Backend(Config(f"{url}/{layout.root.name}", layout.root, "r"), session)
+        backend = Backend(f"{url}/{layout.root.name}", session)
         begun = time.perf_counter()
         for number in range(RUNS[layout.root.name][0]):
             call = a_call(f"c-{number}", f"e{number // EPISODE}", number % EPISODE, [], [])

@@ -21,7 +21,6 @@ from safetensors import safe_open
 
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
-from proxy.config import Config
 from worker.smollm import NAME
 
 MAX_MODEL_LEN = 20_480
@@ -98,7 +97,7 @@ class Claimed(Nothing):
 
     async def keep(self, session: aiohttp.ClientSession, call: str, reply: Message) -> int:
         file = self._scratch / call
-        backend = Backend(Config("http://worker", self._scratch, ""), session)
+        backend = Backend("http://worker", session)
         backend.url = ""  # the session knows the worker's address
         await backend.claim(call, file)
         await backend.forget(call)

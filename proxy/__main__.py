@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import os
 import sys
@@ -166,8 +165,11 @@ def proxy(backends: tuple[str, ...], **options: Any) -> None:
     Requests go to the worker at --backend, of several an episode's to the same; what it answers goes to the client. On
     SIGTERM the proxy finishes what is under way and seals every episode, within --drain-s.
     """
+    from proxy.server import run
+
     config = settle(backends, options)
-    asyncio_run(_proxy(config), config.log_format)
+    where = f"{config.url}/v1 → {', '.join(config.backends)}, run {config.data / config.run}"
+    asyncio_run(run(config, lambda: click.echo(f"tautap: {where}")), config.log_format)
 
 
 @cli.command("top", context_settings={"show_default": True})
@@ -198,7 +200,7 @@ def backfill_command(run: Path, backends: tuple[str, ...], **options: Any) -> No
     """
     from proxy.backfill import backfill
 
-    config = Config(**_backends(backends), data=run.parent, run=run.name, **options)
+    config = Config(_backends(backends), data=run.parent, run=run.name, **options)
     done = asyncio_run(backfill(Layout(run), config))
     for call, reason in done.left.items():
         click.echo(f"call {call}: {reason}")
@@ -316,12 +318,11 @@ def _given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
-def _backends(given: Sequence[str]) -> dict[str, Any]:
-    """Where the workers are, as a Config has it."""
-    first, *others = given
+def _backends(given: Sequence[str]) -> tuple[str, ...]:
+    """Where the workers are; BadInput if two are the same."""
     if twice := [address for i, address in enumerate(given) if address in given[:i]]:
         raise BadInput(f"--backend {twice[0]} is given twice")
-    return {"backend": first, "others": tuple(others)}
+    return tuple(given)
 
 
 def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
@@ -341,7 +342,7 @@ def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
         )
     timeouts = Timeouts(*(options.pop(f"{name}_timeout_s") for name in ("connect", "first_byte", "idle", "total")))
     return Config(
-        **_backends(backends),
+        _backends(backends),
         aliases=aliases,
         capture=capture,
         run=run,
@@ -370,27 +371,15 @@ def _captured(pair: str) -> tuple[Role, Tokens | Literal["none"]]:
     return cast(Role, role), cast(Tokens, tokens)
 
 
-async def _proxy(config: Config) -> None:
-    from proxy.server import serve, stopper
+def asyncio_run(main: Any, log_format: logs.Format = "text") -> Any:
+    """Run what a command has imported and built; returns its result."""
+    import uvloop
 
+    logs.configure(log_format)
     # What is imported by now is never garbage: to walk it would hold the event loop up for 30 ms every so often. And
     # nearly all that a call makes goes without a collection: at Python's own pace they take a fifth of a call's CPU.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-    ready = asyncio.Event()
-    serving = asyncio.create_task(serve(config, stopper(), ready))
-    waiting = asyncio.create_task(ready.wait())
-    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-    if ready.is_set():
-        click.echo(f"tautap: {config.url}/v1 → {', '.join(config.backends)}, run {config.data / config.run}")
-    waiting.cancel()
-    await serving
-
-
-def asyncio_run(main: Any, log_format: logs.Format = "text") -> Any:
-    import uvloop
-
-    logs.configure(log_format)
     return uvloop.run(main)
 
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import aiohttp
 
 from episodes.errors import BadInput
-from proxy.config import Config
 
 UNIX = "unix:"
 # vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
@@ -31,14 +30,17 @@ class Address(NamedTuple):
         raise BadInput(f"--backend {backend}: give a URL, such as http://127.0.0.1:8001, or unix:PATH")
 
 
-def session(config: Config) -> aiohttp.ClientSession:
-    """Connections to the worker. They keep no cookies: those would go from one client to the next."""
-    path = Address.parse(config.backend).socket
+def session(backend: str, connect_s: float) -> aiohttp.ClientSession:
+    """Connections to a worker. They keep no cookies: those would go from one client to the next.
+
+    connect_s: how long connecting may take
+    """
+    path = Address.parse(backend).socket
     connector: aiohttp.BaseConnector
     if path is None:
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     else:
         connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEPALIVE_S)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.timeouts.connect_s)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s)
     jar = aiohttp.DummyCookieJar()
     return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=jar, auto_decompress=False)

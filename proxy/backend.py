@@ -49,17 +49,25 @@ class Waiting(msgspec.Struct, frozen=True):
 
 
 class Backend:
-    """Requests of the proxy's own to a worker: the one at the configuration's `backend`, which is its `address`. `url`
-    is the base of requests, `headers` what it wants to see.
+    """Requests of the proxy's own to the worker at an address, one of the configuration's `backends`. `url` is the base
+    of requests, `headers` what it wants to see.
     """
 
-    def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
-        self.address = config.backend
-        self.url = Address.parse(config.backend).url
-        self.headers = {"Authorization": f"Bearer {config.backend_key}"} if config.backend_key else {}
+    def __init__(
+        self,
+        address: str,
+        session: aiohttp.ClientSession,
+        key: str | None = None,
+        spool_dir: Path | None = None,
+        claim_timeout_s: float = Config.claim_timeout_s,
+    ) -> None:
+        """key, spool_dir, claim_timeout_s: as in a Config."""
+        self.address = address
+        self.url = Address.parse(address).url
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = session
-        self._timeout_s = config.claim_timeout_s
-        self._spool_dir = config.spool_dir
+        self._timeout_s = claim_timeout_s
+        self._spool_dir = spool_dir
         self._in_sight = True
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)

@@ -43,8 +43,8 @@ class TLS:
 
 @dataclass(frozen=True)
 class Config:
-    """backend: the worker's base URL, without `/v1`, or `unix:` and a socket's path. others: more workers, of the same
-    model. run: the run of calls that name none.
+    """backends: where the workers are, all of one model: base URLs without `/v1`, or `unix:` and a socket's path. run:
+    the run of calls that name none.
 
     keys: of clients. backend_key: bearer token for the worker.
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
@@ -56,7 +56,7 @@ class Config:
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """
 
-    backend: str
+    backends: tuple[str, ...]
     data: Path
     run: str
     host: str = "127.0.0.1"
@@ -78,12 +78,6 @@ class Config:
     room_wait_s: float = 10.0
     durability: Literal["async", "sync"] = "async"
     capture: Mapping[Role, Tokens | Literal["none"]] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
-
-    @property
-    def backends(self) -> tuple[str, ...]:
-        """Where all the workers are."""
-        return (self.backend, *self.others)
 
     @property
     def url(self) -> str:

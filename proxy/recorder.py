@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import shutil
 import time
 import uuid
@@ -62,11 +63,30 @@ Rows = Counter[str]
 Holder = Backend | Workers
 
 
+class Deadline:
+    """When to be done with everything, on the event loop's clock; never, until it is set."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def set(self, after_s: float) -> None:
+        self.at = asyncio.get_running_loop().time() + after_s
+
+    @property
+    def left_s(self) -> float:
+        return math.inf if self.at is None else self.at - asyncio.get_running_loop().time()
+
+    @property
+    def over(self) -> bool:
+        return self.left_s <= 0
+
+
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
-    def __init__(self, store: Store, workers: Workers, config: Config, metrics: Metrics) -> None:
+    def __init__(self, store: Store, workers: Workers, config: Config, metrics: Metrics, deadline: Deadline) -> None:
         self._config = config
+        self._deadline = deadline
         self._metrics = metrics
         self._cast = Cast(DIALECT)
         self._store = store
@@ -92,15 +112,15 @@ class Recording:
         self._refused: dict[str, str] = {}
         self._claims: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
-        # When to be done with everything, on the loop's clock.
-        self._deadline: float | None = None
         self._free_bytes = 0
         self._looked_at = 0.0
 
     @classmethod
-    async def open(cls, layout: Layout, config: Config, workers: Workers, metrics: Metrics) -> Recording:
+    async def open(
+        cls, layout: Layout, config: Config, workers: Workers, metrics: Metrics, deadline: Deadline
+    ) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, workers, config, metrics)
+        recording = cls(store, workers, config, metrics, deadline)
         live = await asyncio.to_thread(store.history.unsealed)
         recording._cast.replay([*live, *store.left])
         await recording._look()
@@ -367,12 +387,12 @@ class Recording:
         for group in groups:
             if group.episode in failed:
                 continue
-            if self._backfill is not None and not self._late and self._quiet(group, since):
+            if self._backfill is not None and not self._deadline.over and self._quiet(group, since):
                 await self._fill(self._backfill, group.episode)
             if self._quiet(group, since):
                 self._close(group)
         for episode in sorted(self._ending & self._store.history.episodes.keys()):
-            if self._late:
+            if self._deadline.over:
                 break
             try:
                 sealed = await self._on_disk(self._store.seal, episode)
@@ -394,7 +414,7 @@ class Recording:
 
     async def _fill(self, backfill: Backfill, episode: str) -> None:
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline.at):
                 await backfill.fill(self._store.history.episodes[episode].unsealed)
         except Exception:
             logger.exception("episode %s could not be filled", episode)
@@ -438,24 +458,18 @@ class Recording:
         await self._on_disk(self._store.roll)
         return found, n_new
 
-    @property
-    def _late(self) -> bool:
-        return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
-
-    async def close(self, deadline: float) -> None:
-        """Record what is under way, seal everything, roll the index. From the deadline on, by the loop's clock, nothing
-        is claimed any more, and what is not sealed is left live.
+    async def close(self) -> None:
+        """Record what is under way, seal everything, roll the index. From the deadline on nothing is claimed any more,
+        and what is not sealed is left live.
         """
-        self._deadline = deadline
         self._closing.set()
         while self._tasks:
-            left_s = deadline - asyncio.get_running_loop().time()
-            await asyncio.wait(self._tasks.values(), timeout=max(left_s, LATE_S))
-            if self._late:
+            await asyncio.wait(self._tasks.values(), timeout=max(self._deadline.left_s, LATE_S))
+            if self._deadline.over:
                 for claim in self._claims:
                     claim.cancel()
         await self.seal(0)
-        if self._late and self.n_live:
+        if self._deadline.over and self.n_live:
             logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
         try:
             await self._on_disk(self._store.roll)
@@ -479,7 +493,7 @@ class Recorder:
         self._runs: dict[str, Recording] = {}
         self._opening: dict[str, asyncio.Task[None]] = {}
         self._sealing: asyncio.Task[None] | None = None
-        self._deadline: float | None = None
+        self.deadline = Deadline()
         runs, data = self._runs, config.data
         metrics.look_up("runs", "Runs that are open.", lambda: len(runs))
         metrics.look_up("in_flight", "Calls under way.", lambda: sum(r.n_in_flight for r in runs.values()))
@@ -509,7 +523,7 @@ class Recorder:
     async def _open(self, name: str) -> None:
         try:
             layout = Layout(self.config.data / name)
-            self._runs[name] = await Recording.open(layout, self.config, self._workers, self._metrics)
+            self._runs[name] = await Recording.open(layout, self.config, self._workers, self._metrics, self.deadline)
         finally:
             del self._opening[name]
 
@@ -524,15 +538,9 @@ class Recorder:
             for recording in list(self._runs.values()):
                 await recording.seal(idle_s)
 
-    def drain(self) -> float:
-        """From now on there are `drain_s` for all that is under way; returns when they are over."""
-        self._deadline = asyncio.get_running_loop().time() + self.config.drain_s
-        return self._deadline
-
-    @property
-    def late(self) -> bool:
-        """Whether the time for draining is over."""
-        return self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline
+    def drain(self) -> None:
+        """From now on there are `drain_s` for all that is under way."""
+        self.deadline.set(self.config.drain_s)
 
     async def close(self) -> None:
         if self._sealing is not None:
@@ -540,6 +548,7 @@ class Recorder:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._sealing
         await asyncio.gather(*self._opening.values(), return_exceptions=True)
-        deadline = self._deadline or self.drain()
+        if self.deadline.at is None:
+            self.drain()
         for recording in self._runs.values():
-            await recording.close(deadline)
+            await recording.close()

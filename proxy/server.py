@@ -15,7 +15,7 @@ import os
 import secrets
 import signal
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 from aiohttp import web
@@ -142,7 +142,7 @@ class Proxy:
         try:
             return await generation.run(self._translated(exchange.fields, body))
         except asyncio.CancelledError:
-            exchange.error = STOPPED if self._recorder.late else GONE
+            exchange.error = STOPPED if self._recorder.deadline.over else GONE
             raise
         finally:
             generation.over()
@@ -216,6 +216,18 @@ def stopper() -> asyncio.Event:
     for name in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
     return stop
+
+
+async def run(config: Config, tell: Callable[[], object]) -> None:
+    """Serve until a signal comes; `tell` is called once clients can connect. Errors as of `serve`."""
+    ready = asyncio.Event()
+    serving = asyncio.create_task(serve(config, stopper(), ready))
+    waiting = asyncio.create_task(ready.wait())
+    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+    if ready.is_set():
+        tell()
+    waiting.cancel()
+    await serving
 
 
 async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> None:

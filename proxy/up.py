@@ -37,11 +37,12 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
     When a signal comes or the worker ends, the job is told, and may still use the proxy until it is done.
     """
     config = replace(config, backend_key=secrets.token_urlsafe(32))
+    (backend,) = config.backends
     stop = stopper()
     console = Console(stderr=True)
     log = config.data / config.run / "worker.log"
-    if await _healthy(config.backend):
-        raise BadInput(f"something else answers at {config.backend}: stop it, or give another --worker-port")
+    if await _healthy(backend):
+        raise BadInput(f"something else answers at {backend}: stop it, or give another --worker-port")
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")
@@ -59,7 +60,7 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
         )
     ended = asyncio.create_task(worker.wait())
     try:
-        if not await _loaded(config.backend, ended, stop, console, log):
+        if not await _loaded(backend, ended, stop, console, log):
             return _report(worker.returncode, stop, console, log)
         code = await _with_proxy(config, stop, ended, job)
         return _report(worker.returncode, stop, console, log) if ended.done() else code

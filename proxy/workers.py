@@ -12,7 +12,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -49,9 +48,9 @@ class Workers:
         async with AsyncExitStack() as stack:
             upstreams = []
             for address in config.backends:
-                own = replace(config, backend=address)
-                connections = await stack.enter_async_context(session(own))
-                upstreams.append(Upstream(Backend(own, connections), connections, config.timeouts))
+                connections = await stack.enter_async_context(session(address, config.timeouts.connect_s))
+                backend = Backend(address, connections, config.backend_key, config.spool_dir, config.claim_timeout_s)
+                upstreams.append(Upstream(backend, connections, config.timeouts))
             workers = cls(upstreams)
             if len(upstreams) > 1:
                 await workers._meet()

@@ -137,7 +137,7 @@ def stub(tmp_path: Path) -> Iterator[Running]:
 
 @contextmanager
 def proxy_to(backend: str, data: Path, **options: object) -> Iterator[ProxyThread]:
-    settings = {"backend": backend, "data": data, "run": "r", "port": free_port()} | options
+    settings = {"backends": (backend,), "data": data, "run": "r", "port": free_port()} | options
     with ProxyThread(Config(**settings)) as running:
         yield running
 

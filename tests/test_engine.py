@@ -176,7 +176,7 @@ def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_pat
         patch.setattr(Backend, "claim", lose)
         run = record(url, tmp_path)
     assert sum(call.n_kept for call in run.history.calls.values()) == 0 and len(run.history.calls) == 8
-    done = asyncio.run(backfill(run.layout, Config(url, tmp_path, "r")))
+    done = asyncio.run(backfill(run.layout, Config((url,), tmp_path, "r")))
     filled = open_run(run.layout.root)
     assert done.left == {} and done.n_rows == sum(filled.calls["n_rows"].to_pylist()) and list(problems(filled)) == []
     for call_id in run.history.calls:

@@ -12,7 +12,6 @@ import pytest
 from episodes.errors import CaptureLost
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from proxy.backend import Backend
-from proxy.config import Config
 from tests.stub import MODEL, rows
 from worker.spool import spooled
 
@@ -30,7 +29,7 @@ def claim(url, calls, tmp_path, **options):
 
     async def claiming():
         async with aiohttp.ClientSession(auto_decompress=False) as session:
-            backend = Backend(Config(url, tmp_path, "r", claim_timeout_s=5, **options), session)
+            backend = Backend(url, session, claim_timeout_s=5, **options)
             for call in calls:
                 await backend.claim(call, tmp_path / call)
 

@@ -39,7 +39,7 @@ def lose(stub, proxy, turn=1, **fields):
 
 def fill(proxy, **options):
     layout = Layout(proxy.run_dir)
-    settings = {"backend": proxy.config.backend, "data": layout.root.parent, "run": "r", "claim_timeout_s": 5}
+    settings = {"backends": proxy.config.backends, "data": layout.root.parent, "run": "r", "claim_timeout_s": 5}
     return asyncio.run(backfill(layout, Config(**settings | options)))
 
 
@@ -158,7 +158,7 @@ def test_a_worker_that_is_not_there_or_runs_another_model_is_refused(stub, tmp_p
     with proxy_to(stub.url, tmp_path) as proxy:
         lose(stub.stub, proxy)
     with pytest.raises(BadInput, match=r"--backend .*: no worker"):
-        fill(proxy, backend=f"http://127.0.0.1:{free_port()}")
+        fill(proxy, backends=(f"http://127.0.0.1:{free_port()}",))
     about = json.loads(proxy.open().layout.run.read_text())
     about["recorded"]["model"] = "other"
     proxy.open().layout.run.write_text(json.dumps(about))

@@ -17,7 +17,7 @@ from aiohttp.abc import AbstractResolver
 
 from episodes.errors import WorkerFailed
 from proxy.backend import Backend
-from proxy.config import Config, Limits, Timeouts
+from proxy.config import Limits, Timeouts
 from proxy.generation import GONE
 from proxy.upstream import Upstream
 from tests.conftest import proxy_to, until
@@ -280,7 +280,7 @@ def attempts(worker, *ports):
     async def asking():
         connector = aiohttp.TCPConnector(resolver=Wandering(*ports), use_dns_cache=False)
         async with aiohttp.ClientSession(connector=connector) as session:
-            upstream = Upstream(Backend(Config("http://worker", Path(), "r"), session), session, Timeouts())
+            upstream = Upstream(Backend("http://worker", session), session, Timeouts())
             async with upstream.ask("POST", "/v1/completions", "", {}, b"{}") as reply:
                 return await reply.read()
 
