@@ -304,14 +304,18 @@ class Tap(Interleaver):
 
 
 def _is_part(watch: Watch) -> bool:
-    """Whether a linear layer of vLLM's says that each rank has its own there. The probe cannot tell of what attention
-    leaves: that was the same on all ranks.
+    """Whether each rank has its own there, which the probe cannot tell inside attention: what that leaves without a
+    cache is the same on all ranks. vLLM's linear layers say it; of anything else in there it is taken for granted.
 
-    source: vllm 0.32, model_executor/layers/linear.py, ColumnParallelLinear and RowParallelLinear
+    source: vllm 0.32, model_executor/layers/linear.py, LinearBase, ColumnParallelLinear and RowParallelLinear
     """
+    module = getattr(watch.module, "base_layer", watch.module)  # that an adapter is wrapped around
+    *around, _ = watch.path.split(".")
+    if not hasattr(module, "skip_bias_add"):  # no linear layer
+        return any(name in JOINING["attn"] for name in around)
     if watch.side == "input":
-        return bool(getattr(watch.module, "input_is_parallel", False))
-    return not getattr(watch.module, "gather_output", True) or not getattr(watch.module, "reduce_results", True)
+        return bool(getattr(module, "input_is_parallel", False))
+    return not getattr(module, "gather_output", True) or not getattr(module, "reduce_results", True)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:

@@ -279,6 +279,7 @@ def test_a_model_split_over_two_ranks_gives_whole_rows(record, tmp_path):
     ("location", "says"),
     [
         ("self_attn.qkv_proj.output", "has (1, 128) there, needed (1, 64)"),
+        ("self_attn.attn.output", "has a part of it on each rank"),
         ("self_attn.o_proj.input", "has a part of it on each rank"),
         ("mlp.gate_up_proj.output", "has a part of it on each rank"),
     ],
