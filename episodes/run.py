@@ -79,6 +79,11 @@ class Run:
         return list(journal.placed(self.layout.journal))
 
     @property
+    def index(self) -> Index | None:
+        """The index as it was when the run was opened; None if it cannot be used with the journal of then."""
+        return self._index
+
+    @property
     def broken(self) -> list[journal.Broken]:
         """Lines of the journal that cannot be read."""
         return [line for _, line in self._lines if isinstance(line, journal.Broken)]

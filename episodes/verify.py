@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,10 +19,13 @@ from episodes.layout import crc32
 from episodes.records import Call
 from episodes.recovery import STOPPED, strays, unrecorded
 from episodes.rows import Owner, Rows
-from episodes.run import Run
+from episodes.run import Run, open_run
 from episodes.shards import live_blocks
 from episodes.store import being_written
-from episodes.tables import CALLS, Index, Roll
+from episodes.tables import CALLS, Roll
+
+# How often to look once more at what seems wrong while a proxy writes.
+AGAIN = 3
 
 
 def problems(run: Run) -> Iterator[str]:
@@ -32,8 +35,7 @@ def problems(run: Run) -> Iterator[str]:
         if not (writing and line.reason == CUT_SHORT):  # only the last one can be, and it is being written
             yield f"journal.jsonl, line {line.line}: {line.reason}"
     yield from _journal_problems(run)
-    for episode in run.history.episodes.values():
-        yield from _episode_problems(run, episode)
+    yield from _episodes_problems(run, again=AGAIN if writing else 0)
     for call in run.history.calls.values():
         yield from _call_problems(run, call)
     yield from _index_problems(run)
@@ -59,9 +61,11 @@ def _journal_problems(run: Run) -> Iterator[str]:
 
 
 def _index_problems(run: Run) -> Iterator[str]:
-    """Whether the index, if it stands for the whole journal, says what the journal says."""
+    """Whether the index, if it stands for the whole journal, says what the journal says. As it was when the run was
+    opened: a newer one may know more than was read of the journal since.
+    """
     try:
-        found = Index.of(run.layout)
+        found = run.index
         if found is None or found.journal_bytes < run.layout.journal.stat().st_size:
             return
         roll = Roll(run.history, run.layout, run.lines)
@@ -112,6 +116,24 @@ def _call_problems(run: Run, call: Call) -> Iterator[str]:
         yield f"call {call.id}: no activations: {call.lost}"
     for choice, span in missing:
         yield f"call {call.id}, choice {choice}: no rows for positions {span.start} to {span.stop}"
+
+
+def _episodes_problems(run: Run, again: int, calls: Collection[str] | None = None) -> Iterator[str]:
+    """What is wrong with the rows of episodes, of all or of those that have any of these calls.
+
+    again: how often to look once more at what seems wrong, as it is by then: a proxy may have sealed it meanwhile
+    """
+    doubtful: set[str] = set()
+    for episode in run.history.episodes.values():
+        own = {call.id for call in episode.calls}
+        if calls is None or not own.isdisjoint(calls):
+            found = list(_episode_problems(run, episode))
+            if found and again:
+                doubtful |= own
+            else:
+                yield from found
+    if doubtful:
+        yield from _episodes_problems(open_run(run.layout.root), again - 1, doubtful)
 
 
 def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:

@@ -479,6 +479,21 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path):
 # ---- commands
 
 
+def test_a_run_that_is_sealed_while_it_is_verified_is_not_called_damaged(tmp_path):
+    """Its rows have moved and its index knows more than was read; what is damaged is still found."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    before, damaged = open_run(writer.layout.root), open_run(writer.layout.root)
+    assert before.history.unsealed() and damaged.history.unsealed()
+    for episode in list(writer.store.history.episodes):
+        writer.store.seal(episode)
+    writer.store.roll()
+    assert list(problems(before)) == []
+    writer.layout.shard("e").unlink()
+    assert [problem for problem in problems(damaged) if "shards/e.parquet" in problem]
+    writer.close()
+
+
 def invoke(name, *args):
     command = next(c for c in COMMANDS if c.name == name)
     return CliRunner().invoke(command, [str(a) for a in args])

@@ -200,7 +200,8 @@ class Stack:
 
     def leftovers(self) -> list[str]:
         """Temporary files of the run and all files of the spool: nothing is under way, so there should be none."""
-        found = [path for pattern in (".*.draft", ".*.claim") for path in self.run_dir.rglob(pattern)]
+        names = itertools.chain.from_iterable(files for _, _, files in os.walk(self.run_dir))
+        found = [Path(name) for name in names if re.fullmatch(r"\..*\.(draft|claim)", name)]
         found += [path for path in self.spool.glob("*") if not path.name.startswith(".")]
         return sorted(str(path) for path in found)
 

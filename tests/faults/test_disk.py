@@ -25,12 +25,12 @@ def test_a_slow_disk_delays_no_reply_and_loses_nothing(stack, tmp_path, times):
 
 
 @pytest.fixture
-def small(tmp_path):
-    """A stack whose run lies on a tmpfs of 16 MiB."""
+def small(tmp_path, times):
+    """A stack whose run lies on a small tmpfs."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(disk)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={16 + 2 * times}m", "none", str(disk)], capture_output=True, text=True
     )
     if mount.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
