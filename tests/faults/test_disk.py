@@ -47,10 +47,9 @@ def test_a_disk_that_fills_up_under_load_and_is_freed_again_loses_nothing(small,
             filler = small.run_dir.parent / "filler"
             with Load(small) as load:
                 load.wait(0.2)
-                with filler.open("wb") as file, pytest.raises(OSError, match="No space left"):
+                with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
                     while True:
                         file.write(bytes(MIB))
-                        file.flush()
                 load.wait(0.5)
                 filler.unlink()
                 load.wait(0.2)

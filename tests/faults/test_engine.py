@@ -1,4 +1,4 @@
-"""The real worker, killed under load: its API server, the engine process that has the model, the proxy before it."""
+"""The real worker, killed under load: its API server, its engine core, what has the model, the proxy before it."""
 
 import random
 from functools import cached_property
@@ -52,11 +52,22 @@ class RealStack(Stack):
         return chat(parse_object(lost.request))[0] == chat(parse_object(call.request))[0]
 
 
-def kill_engine(stack):
-    """Its process that has the model: of all that the worker started, the largest. The others notice, and end."""
-    started = psutil.Process(stack.worker.pid).children(recursive=True)
-    max(started, key=lambda process: process.memory_info().rss).kill()
+def kill_engine_core(stack):
+    """The process that schedules, by the name that vLLM gives it. The others notice, and end."""
+    (core,) = (process for process in started(stack) if "EngineCore" in process.cmdline()[0])
+    core.kill()
     until(lambda: not stack.worker.alive, "the API server's end", 60)
+
+
+def kill_model(stack):
+    """The process that has the model, the largest. The others notice, and end."""
+    max(started(stack), key=lambda process: process.memory_info().rss).kill()
+    until(lambda: not stack.worker.alive, "the API server's end", 60)
+
+
+def started(stack):
+    """All processes that the worker started."""
+    return psutil.Process(stack.worker.pid).children(recursive=True)
 
 
 def kill_api_server(stack):
@@ -70,7 +81,8 @@ def kill_proxy(stack):
 # fault → how, and whether no call may be lost by it
 KILLS = {
     "kill -9 of the proxy, real worker": (kill_proxy, True),
-    "kill -9 of the engine": (kill_engine, False),
+    "kill -9 of the engine core": (kill_engine_core, False),
+    "kill -9 of the model's process": (kill_model, False),
     "kill -9 of the API server": (kill_api_server, False),
 }
 
