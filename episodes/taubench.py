@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,9 @@ def _user_response(text: str) -> str | None:
 
 # ---- tasks
 
+# Python 3.11 may end it with a SystemError where two threads do it at once: they share the count of its depth.
+PARSING = threading.Lock()
+
 
 def read_tasks(package: Path, env: str, split: str) -> dict[int, str]:
     """Task id → instruction, out of the directory `tau_bench` of a checkout or an installation; none if it has no such
@@ -146,7 +150,8 @@ def read_tasks(package: Path, env: str, split: str) -> dict[int, str]:
     Read and not imported: tau-bench imports litellm, which takes seconds.
     """
     try:
-        module = ast.parse((package / "envs" / env / f"tasks_{split}.py").read_bytes())
+        with PARSING:
+            module = ast.parse((package / "envs" / env / f"tasks_{split}.py").read_bytes())
     except (OSError, SyntaxError, ValueError):
         return {}
     lists = [node.value for node in module.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.List)]

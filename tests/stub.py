@@ -279,6 +279,7 @@ class Stub:
             for part in output.outputs:
                 yield event(part.index, {"content": bytes(part.token_ids).decode()}, part.finish_reason)
             if fault == "cut":
+                await stream.aclose()  # else what is spooled at its end waits for the garbage collector
                 raise ConnectionError("told to cut")
             if fault == "stall":
                 await asyncio.Event().wait()

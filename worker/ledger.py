@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from worker.spool import FAILED, PART, WHOLE, spooled
 # A request that the client dropped while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
 CALL_LIMIT = 10_000
+SWEEP_S = 1.0
 POLL_S = 0.005
 
 
@@ -88,7 +88,8 @@ class Call:
 
 
 class Ledger:
-    """The captured calls of one API server, oldest first; the oldest ended one goes when there are too many.
+    """The captured calls of one API server, oldest first; the oldest ended one goes when there are too many. What lies
+    in the spool of a call that is not here is nobody's.
 
     Calls are forgotten on threads beside the event loop, so nothing here walks a collection while it can change.
     """
@@ -97,17 +98,14 @@ class Ledger:
         self.spool = spool
         self._calls: dict[str, Call] = {}
         self._secret = uuid.uuid4().hex
-        self._unwanted: deque[Call] = deque()
+        self._swept = 0.0
 
     def open(self, call_id: str, points: list[str], tokens: wire.Tokens, salt: str = "") -> Call:
         if len(self._calls) >= CALL_LIMIT:
             oldest = next((c for c in list(self._calls.values()) if c.ended.is_set()), None)
             if oldest is not None:
                 self.forget(oldest.id)
-        for _ in range(len(self._unwanted)):
-            unwanted = self._unwanted.popleft()
-            if not self._clear(unwanted):
-                self._unwanted.append(unwanted)
+        self._sweep()
         self._calls[call_id] = call = Call(call_id, points, tokens, salt)
         return call
 
@@ -127,20 +125,21 @@ class Ledger:
         call = self._calls.pop(call_id, None)
         if call is None:
             return False
-        if not self._clear(call):
-            self._unwanted.append(call)
-        return True
-
-    def _clear(self, call: Call) -> bool:
-        """Delete what there is of a call's files; whether there is nothing more to come."""
-        n_left = len(call.sequences)
         for choice in range(len(call.sequences)):
             for suffix in (WHOLE, FAILED):
-                path = spooled(self.spool, call.id, choice, suffix)
-                if path.exists():
-                    path.unlink()
-                    n_left -= 1
-        return n_left == 0 or (call.ended.is_set() and not self._growing(call) and self._abandoned(call))
+                spooled(self.spool, call.id, choice, suffix).unlink(missing_ok=True)
+        return True
+
+    def _sweep(self) -> None:
+        """Delete what the engine has spooled of calls since they were forgotten: the step that it was at may have taken
+        any time.
+        """
+        if time.monotonic() < self._swept + SWEEP_S:
+            return
+        self._swept = time.monotonic()
+        for path in self.spool.iterdir():
+            if path.suffix in (WHOLE, FAILED) and path.name.rsplit(".", 2)[0] not in self._calls:
+                path.unlink(missing_ok=True)
 
     def _growing(self, call: Call) -> bool:
         """Whether the engine is writing a sequence of this call."""

@@ -111,14 +111,21 @@ def test_a_failed_capture_says_why(ledger):
         collect(ledger, call)
 
 
-def test_files_that_come_after_their_call_was_forgotten_are_cleared(ledger):
-    """A client that leaves a direct call: the engine spools it later, and nobody will ever ask for it."""
-    begin(ledger)
-    file = spool(ledger, finish=False)
+@pytest.mark.parametrize("begun", [True, False], ids=["begun", "not begun"])
+def test_files_that_come_after_their_call_was_forgotten_are_cleared(ledger, monkeypatch, begun):
+    """A client that leaves a direct call: the engine spools it later, and nobody will ever ask for it. Also where the
+    engine's step took so long that the call had been given up.
+    """
+    monkeypatch.setattr(module, "SWEEP_S", 0.0)
+    monkeypatch.setattr(module, "ABORT_GRACE_S", 0.0)
+    call = begin(ledger)
+    file = spool(ledger, finish=False) if begun else None
+    ledger.close(call)
     assert ledger.forget("c") and not ledger.forget("c")
-    file.finish()
-    assert spooled(ledger.spool, "c", 0).exists()
     begin(ledger, "d")
+    (file or spool(ledger, finish=False)).finish()
+    assert spooled(ledger.spool, "c", 0).exists()
+    begin(ledger, "e")
     assert list(ledger.spool.iterdir()) == []
     assert not spooled(ledger.spool, "c", 0, PART).exists()
 
