@@ -77,11 +77,11 @@ def random_rows(n_rows: int, hidden: int, points: list[str]) -> NDArray[np.uint8
 
 def fill(ledger: Ledger, name: str, prompt: list[int], points: list[str], rows: NDArray[np.uint8]) -> None:
     """Have a call of these rows, one for each token of its prompt, ended and spooled."""
+    call = ledger.open(name, points, "all")
+    call.order(1)
     file = SpoolFile(ledger.spool, name, 0, points, "BF16", rows.shape[2] // 2, prompt)
     file.append(0, np.array(prompt, np.int32), rows)
     file.finish()
-    call = ledger.open(name, points, "all")
-    call.order(1)
     part = SimpleNamespace(index=0, token_ids=[1], finish_reason="length")
     call.note(0, SimpleNamespace(prompt_token_ids=prompt, num_cached_tokens=0, outputs=[part]), delta=True)
     ledger.close(call)
