@@ -173,9 +173,15 @@ class Stack:
     def account(self, calls: Collection[str]) -> Account:
         """Wait until these calls, answered all, are in the journal and no file is left over; check them."""
         until(lambda: not Account(self, calls).lost, "every answered call in the journal")
-        with suppress(AssertionError):
-            until(lambda: not self.leftovers(), "no file left over")
-        assert self.leftovers() == []
+        left: list[str] = []
+
+        def none_is_left() -> bool:
+            left[:] = self.leftovers()
+            return not left
+
+        with suppress(AssertionError):  # what is there for a moment is a seal's
+            until(none_is_left, "no file left over")
+        assert left == []
         found = Account(self, calls)
         found.check()
         return found
