@@ -379,7 +379,7 @@ def asyncio_run(main: Any, log_format: logs.Format = "text") -> Any:
     # What is imported by now is never garbage: to walk it would hold the event loop up for 30 ms every so often. And
     # nearly all that a call makes goes without a collection: at Python's own pace they take a fifth of a call's CPU.
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(5_000, 50, 20)
     return uvloop.run(main)
 
 
