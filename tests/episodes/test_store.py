@@ -476,9 +476,6 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path):
         open_run(writer.layout.root).call("c1").activations(POINTS[0])
 
 
-# ---- commands
-
-
 def test_a_run_that_is_sealed_while_it_is_verified_is_not_called_damaged(tmp_path):
     """Its rows have moved and its index knows more than was read; what is damaged is still found."""
     writer = Writer(tmp_path)
@@ -492,6 +489,9 @@ def test_a_run_that_is_sealed_while_it_is_verified_is_not_called_damaged(tmp_pat
     writer.layout.shard("e").unlink()
     assert [problem for problem in problems(damaged) if "shards/e.parquet" in problem]
     writer.close()
+
+
+# ---- commands
 
 
 def invoke(name, *args):
