@@ -303,6 +303,8 @@ def _pairs(actors: list[Actor]) -> tuple[dict[Actor, Actor], dict[Actor, list[Ac
         left = [actor for actor in actors if actor not in settled]
         agents = [actor for actor in left if actor.part.role == "agent" and actor.told]
         users = [actor for actor in left if actor.part.role == "user" and actor.said]
+        if not agents or not users:  # as of every client that is no benchmark
+            break
         fitting = candidates(agents, users, n_open, timed)
         found = match(fitting)
         taken = {user: agent for agent, user in found.items()}

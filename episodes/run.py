@@ -41,24 +41,25 @@ class Run:
         self.about: records.Run = read_run(layout)
         # An episode's calls are read one after the other. Not of a method, as in `Shard`.
         self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
-        self._index = Index.of(layout)
+        # As it was when the run was opened; None if it cannot be used with the journal of then.
+        self.index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
         self._tail: list[tuple[int, records.Record]] = []
         self._now: History | None = None
-        self._calls = self._index.calls if self._index else {}
-        if self._index is None or self._index.journal_bytes < layout.journal.stat().st_size:
+        self._calls = self.index.calls if self.index else {}
+        if self.index is None or self.index.journal_bytes < layout.journal.stat().st_size:
             self._read_tail()
         self._members: dict[str, list[str]] = {}
         for call, entry in self._calls.items():
             self._members.setdefault(entry.episode, []).append(call)
 
     def _read_tail(self) -> None:
-        now = checkpoint.state(self.layout) if self._index else None
-        if self._index and now and now.read_from:
-            self._tail = list(journal.sound(self.layout.journal, self._index.journal_bytes, now.read_to))
+        now = checkpoint.state(self.layout) if self.index else None
+        if self.index and now and now.read_from:
+            self._tail = list(journal.sound(self.layout.journal, self.index.journal_bytes, now.read_to))
             self._now = now.history
         else:
-            self._index, self._calls = None, {}
+            self.index, self._calls = None, {}
             self._tail = list(journal.sound(self.layout.journal))
             self._now = History(record for _, record in self._tail)
         news = {
@@ -79,11 +80,6 @@ class Run:
         return list(journal.placed(self.layout.journal))
 
     @property
-    def index(self) -> Index | None:
-        """The index as it was when the run was opened; None if it cannot be used with the journal of then."""
-        return self._index
-
-    @property
     def broken(self) -> list[journal.Broken]:
         """Lines of the journal that cannot be read."""
         return [line for _, line in self._lines if isinstance(line, journal.Broken)]
@@ -101,15 +97,15 @@ class Run:
     @property
     def calls(self) -> pa.Table:
         """One row per call, columns as in `episodes.tables.CALLS`."""
-        if self._index and self._now is None:
-            return self._index.table()
+        if self.index and self._now is None:
+            return self.index.table()
         return pa.concat_tables([CALLS.empty_table(), *self._roll().calls()])
 
     @property
     def episodes(self) -> pa.Table:
         """One row per episode, columns as in `episodes.tables.EPISODES`."""
-        if self._index and self._now is None:
-            return self._index.episodes
+        if self.index and self._now is None:
+            return self.index.episodes
         return self._recent_episodes
 
     @cached_property
@@ -121,7 +117,7 @@ class Run:
 
     def _roll(self) -> Roll:
         assert self._now is not None
-        return Roll(self._now, self.layout, self._tail, self._index)
+        return Roll(self._now, self.layout, self._tail, self.index)
 
     @property
     def names(self) -> list[str]:
@@ -146,8 +142,8 @@ class Run:
         """choice → whose rows the call's positions have, in order; owner None where there is none."""
         if self._now is not None:
             return self._now.spans(call)
-        assert self._index is not None
-        return self._index.spans(call.id)
+        assert self.index is not None
+        return self.index.spans(call.id)
 
     def read(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
         """Copy the rows that a sequence stored itself; CorruptFile if they are not there.

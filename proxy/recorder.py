@@ -52,7 +52,8 @@ AGAIN_S = 1.0
 FREE_AGE_S = 0.25
 
 LATE_S = 0.05
-# A client often sends its next call as soon as it has a reply: that one goes first, the work behind the last after it.
+# A client often sends its next call as soon as it has a reply: that one goes first, the work behind the last after it,
+# at every so many seconds, for calls that end soon after each other to be put on disk with one sync.
 BEHIND_S = 0.005
 STOPPED = "the proxy had to stop before they were claimed"
 
@@ -101,6 +102,7 @@ class Recording:
         self._backfill = Backfill(store, workers, self._on_disk) if config.backfill else None
         # Those who have been heard of, and asked what they hold for proxies before this one.
         self._greeted: set[Backend] = set()
+        # Threads with calls that are not recorded, and how many; no others.
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -267,7 +269,7 @@ class Recording:
         if added_s is not None:
             self._metrics.ended(call, added_s)
         if self._config.durability == "async":
-            await asyncio.sleep(BEHIND_S)
+            await asyncio.sleep(-asyncio.get_running_loop().time() % BEHIND_S)
         try:
             await self._notes.written(call.id)
             call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None)
@@ -284,8 +286,10 @@ class Recording:
             self._notes.drop(call.id)
             self._refused.pop(call.id, None)
             self._pending[call.thread] -= 1
+            if not self._pending[call.thread]:
+                del self._pending[call.thread]
             self._touched[call.thread] = time.monotonic()
-            if not any(self._pending.values()):
+            if not self._pending:
                 self._settled.set()
 
     async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None) -> tuple[Call, Rows]:
@@ -433,7 +437,6 @@ class Recording:
         self._ending.add(group.episode)
         for thread in group.threads:
             self._touched.pop(thread, None)
-            del self._pending[thread]
 
     async def finish(self) -> Totals:
         """Wait for the calls that are under way, a while for those that have no reply yet; seal every episode that is

@@ -219,19 +219,12 @@ def stopper() -> asyncio.Event:
 
 
 async def run(config: Config, tell: Callable[[], object]) -> None:
-    """Serve until a signal comes; `tell` is called once clients can connect. Errors as of `serve`."""
-    ready = asyncio.Event()
-    serving = asyncio.create_task(serve(config, stopper(), ready))
-    waiting = asyncio.create_task(ready.wait())
-    await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-    if ready.is_set():
-        tell()
-    waiting.cancel()
-    await serving
+    """Serve until a signal comes, as `serve` does."""
+    await serve(config, stopper(), tell)
 
 
-async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> None:
-    """Serve until `stop` is set, then finish what is under way and seal; `ready` is set once clients can connect.
+async def serve(config: Config, stop: asyncio.Event, tell: Callable[[], object]) -> None:
+    """Serve until `stop` is set, then finish what is under way and seal; `tell` is called once clients can connect.
 
     BadInput if the data directory cannot be written, the port is taken or the certificate is none; BadRun if the run
     cannot be used.
@@ -254,7 +247,7 @@ async def serve(config: Config, stop: asyncio.Event, ready: asyncio.Event) -> No
             await web.TCPSite(runner, config.host, config.port, ssl_context=encryption).start()
         except OSError as error:
             raise BadInput(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
-        ready.set()
+        tell()
         await stop.wait()
     finally:
         await runner.cleanup()

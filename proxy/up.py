@@ -76,7 +76,7 @@ async def attend(job: Job) -> int:
 async def _with_proxy(config: Config, stop: asyncio.Event, ended: asyncio.Task[int], job: Job) -> int:
     """Do the job while a proxy serves; returns its exit code. ended: the worker's end, which is the job's."""
     over, ready = asyncio.Event(), asyncio.Event()
-    proxy = asyncio.create_task(serve(config, over, ready))
+    proxy = asyncio.create_task(serve(config, over, ready.set))
     waiting = asyncio.create_task(ready.wait())
     await _first(proxy, waiting)
     waiting.cancel()

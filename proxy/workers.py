@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -199,27 +199,22 @@ class Lease:
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
     ) -> AsyncIterator[Reply]:
         """As `Upstream.ask`; a worker that cannot be reached leaves the call to the next."""
-        async with AsyncExitStack() as stack:
-            yield await self._reach(stack, lambda worker: worker.ask(method, path, query, headers, body))
-
-    async def _reach(
-        self, stack: AsyncExitStack, ask: Callable[[Upstream], AbstractAsyncContextManager[Reply]]
-    ) -> Reply:
         tried = [*self._never]
         unreachable = WorkerUnreachable("the worker cannot be reached: there is none")
         while (worker := self._fleet.enter(self._names, tried)) is not None:
-            stack.callback(self._fleet.leave, worker)
             self.backend = worker.backend
             try:
-                reply = await stack.enter_async_context(ask(worker))
+                async with worker.ask(method, path, query, headers, body) as reply:
+                    if len(self._fleet.workers) == 1:  # nobody looks after it
+                        self._fleet.back(worker)
+                    yield reply
+                return
             except WorkerUnreachable as error:
                 pass_over(self._fleet, worker, str(error))
                 unreachable = error
                 tried.append(worker)
-                continue
-            if len(self._fleet.workers) == 1:  # nobody looks after it
-                self._fleet.back(worker)
-            return reply
+            finally:
+                self._fleet.leave(worker)
         raise unreachable
 
 

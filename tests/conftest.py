@@ -72,15 +72,7 @@ class ProxyThread:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         self._loop.slow_callback_duration = BLOCKED_S
-        ready = asyncio.Event()
-
-        async def tell() -> None:
-            await ready.wait()
-            self._started.set()
-
-        telling = asyncio.create_task(tell())
-        await serve(self.config, self._stop, ready)
-        await telling
+        await serve(self.config, self._stop, self._started.set)
 
     def __enter__(self) -> ProxyThread:
         self._thread.start()
@@ -136,8 +128,9 @@ def stub(tmp_path: Path) -> Iterator[Running]:
 
 
 @contextmanager
-def proxy_to(backend: str, data: Path, **options: object) -> Iterator[ProxyThread]:
-    settings = {"backends": (backend,), "data": data, "run": "r", "port": free_port()} | options
+def proxy_to(backend: str | tuple[str, ...], data: Path, **options: object) -> Iterator[ProxyThread]:
+    backends = (backend,) if isinstance(backend, str) else backend
+    settings = {"backends": backends, "data": data, "run": "r", "port": free_port()} | options
     with ProxyThread(Config(**settings)) as running:
         yield running
 

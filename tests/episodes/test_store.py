@@ -293,7 +293,7 @@ def test_a_run_that_nobody_holds_any_more_takes_no_memory(tmp_path):
     run = writer.close()
     for call in run.episode("e"):
         call.activations(POINTS[0])
-    shard, index = weakref.ref(run._shard("e")), weakref.ref(run._index)
+    shard, index = weakref.ref(run._shard("e")), weakref.ref(run.index)
     gc.disable()
     try:
         del run, call

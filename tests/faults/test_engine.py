@@ -52,38 +52,36 @@ class RealStack(Stack):
         return chat(parse_object(lost.request))[0] == chat(parse_object(call.request))[0]
 
 
-def kill_engine_core(stack):
-    """The process that schedules, by the name that vLLM gives it. The others notice, and end."""
+def proxy(stack):
+    return psutil.Process(stack.proxy.pid)
+
+
+def api_server(stack):
+    return psutil.Process(stack.worker.pid)
+
+
+def engine_core(stack):
+    """The process that schedules, by the name that vLLM gives it."""
     (core,) = (process for process in started(stack) if "EngineCore" in process.cmdline()[0])
-    core.kill()
-    until(lambda: not stack.worker.alive, "the API server's end", 60)
+    return core
 
 
-def kill_model(stack):
-    """The process that has the model, the largest. The others notice, and end."""
-    max(started(stack), key=lambda process: process.memory_info().rss).kill()
-    until(lambda: not stack.worker.alive, "the API server's end", 60)
+def model(stack):
+    """The process that has the model, the largest."""
+    return max(started(stack), key=lambda process: process.memory_info().rss)
 
 
 def started(stack):
     """All processes that the worker started."""
-    return psutil.Process(stack.worker.pid).children(recursive=True)
+    return api_server(stack).children(recursive=True)
 
 
-def kill_api_server(stack):
-    psutil.Process(stack.worker.pid).kill()
-
-
-def kill_proxy(stack):
-    stack.proxy.kill()
-
-
-# fault → how, and whether no call may be lost by it
+# fault → whom it kills, and whether no call may be lost by it
 KILLS = {
-    "kill -9 of the proxy, real worker": (kill_proxy, True),
-    "kill -9 of the engine core": (kill_engine_core, False),
-    "kill -9 of the model's process": (kill_model, False),
-    "kill -9 of the API server": (kill_api_server, False),
+    "kill -9 of the proxy, real worker": (proxy, True),
+    "kill -9 of the engine core": (engine_core, False),
+    "kill -9 of the model's process": (model, False),
+    "kill -9 of the API server": (api_server, False),
 }
 
 
@@ -96,11 +94,12 @@ def test_the_real_worker_and_the_proxy_before_it_are_killed_and_no_answered_call
     stack = RealStack(tmp_path)
     for _ in running(stack):
         for _ in range(max(times // 10, 1)):
-            for fault, (kill, lossless) in KILLS.items():
+            for fault, (whom, lossless) in KILLS.items():
                 with tally(fault, stack, lossless=lossless):
                     with Load(stack) as load:
                         load.wait(chance.uniform(0.5, 4))
-                        kill(stack)
+                        whom(stack).kill()
+                        until(lambda: not (stack.proxy.alive and stack.worker.alive), "the end", 60)
                         load.wait(0.2)
                     restart(stack)
         stack.finish()

@@ -31,8 +31,7 @@ def two(tmp_path):
 
 
 def fleet(stubs, data, **options):
-    first, *others = (stub.url for stub in stubs)
-    return proxy_to(first, data, backends=(first, *others), **options)
+    return proxy_to(tuple(stub.url for stub in stubs), data, **options)
 
 
 def served(stub):
@@ -150,7 +149,7 @@ def test_workers_that_are_not_alike_are_refused_at_start(tmp_path, stub):
 def test_one_that_joins_later_and_is_not_alike_is_given_no_call(tmp_path, stub, http):
     """Not even when there is no other."""
     port = free_port()
-    with proxy_to(stub.url, tmp_path / "data", backends=(stub.url, f"http://127.0.0.1:{port}")) as proxy:
+    with proxy_to((stub.url, f"http://127.0.0.1:{port}"), tmp_path / "data") as proxy:
         converse(proxy.client(), "alone", 1)
         with Running(other_model(tmp_path / "other"), port=port) as other:
             said = {}
