@@ -16,7 +16,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worker.orders import Config
@@ -37,6 +37,7 @@ REPLICAS = "start one worker for each replica, and give the proxy all of them: -
 STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
 PLAIN = (None, "1", "mp", "uni")
 REFUSED = {
+    "--config": "what it sets would not be looked at here: give the flags themselves",
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
     "--pipeline-parallel-size": STAGES,
     "-pp": STAGES,
@@ -126,7 +127,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         source=ours.capture_source,
         edit=ours.edit,
     )
-    additional = json.loads(_take(vllm_args, "--additional-config") or "{}") | {XARG: msgspec.to_builtins(config)}
+    additional = _take_object(vllm_args, "--additional-config") | {XARG: msgspec.to_builtins(config)}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
     own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
     own += ["--additional-config", json.dumps(additional)]
@@ -134,7 +135,7 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
         own.append("--enforce-eager")
     elif ours.capture_source == "graphs":
         # Not compiled, for observers are Python; a decode step is replayed whole, larger ones run eagerly.
-        asked = json.loads(_take(vllm_args, "--compilation-config") or "{}")
+        asked = _take_object(vllm_args, "--compilation-config")
         own += ["--compilation-config", json.dumps({"cudagraph_mode": "FULL_DECODE_ONLY"} | asked | {"mode": 0})]
     return [sys.executable, "-m", "worker.launch", *vllm_args, *own], env, config
 
@@ -182,7 +183,10 @@ def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
     from episodes.access import loopback
     from episodes.errors import BadInput
 
-    keyed = env.get("VLLM_API_KEY") or _values(vllm_args, "--api-key")
+    given = _values(vllm_args, "--api-key")
+    if "" in given:
+        raise BadInput("--api-key is empty: give a key, or leave it out")
+    keyed = env.get("VLLM_API_KEY") or given
     outside = [host for host in _values(vllm_args, "--host") if not loopback(host)]
     if outside and not keyed:
         raise BadInput(f"--host {outside[0]}: beyond loopback a key is needed: give --api-key-file or set VLLM_API_KEY")
@@ -280,6 +284,21 @@ def _take(args: list[str], flag: str) -> str | None:
     else:
         args[:] = [arg for arg in args if not arg.startswith(f"{flag}=")]
     return value
+
+
+def _take_object(args: list[str], flag: str) -> dict[str, Any]:
+    """The JSON object that the flag is set to, and the flag gone from the arguments."""
+    from episodes.errors import BadInput
+
+    dotted = [arg for arg in args if arg.startswith(f"{flag}.")]
+    text = _take(args, flag) or "{}"
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if dotted or not isinstance(found, dict):
+        raise BadInput(f"{dotted[0] if dotted else f'{flag} {text}'}: give {flag} one JSON object")
+    return found
 
 
 def _dashed(arg: str) -> str:

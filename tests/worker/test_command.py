@@ -88,6 +88,11 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
         (["--data-parallel-rank", "0"], "--data-parallel-rank 0: "),
         (["--distributed-executor-backend", "ray"], "ray: .* give mp"),
         (["--api-server-count", "4"], "one API server only"),
+        (["--config", "vllm.yaml"], "--config vllm.yaml: .* give the flags themselves"),
+        (["--additional-config", "{bad"], "--additional-config {bad: give --additional-config one JSON object"),
+        (["--additional-config=[]"], r"--additional-config \[\]: give"),
+        (["--additional-config.a", "1"], "--additional-config.a: give --additional-config one JSON object"),
+        (["--capture-source=graphs", "--compilation-config.mode=3"], "--compilation-config.mode=3: give"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags, says):
@@ -267,6 +272,9 @@ def test_beyond_loopback_the_worker_listens_only_with_a_key(model, tmp_path, fla
     assert plan([model, *flags], {"VLLM_API_KEY": "x"}) and plan([model, *flags, "--api-key", "x"], {})
     with pytest.raises(BadInput, match="one word"):
         plan([model, *flags, "--api-key-file", "/dev/null"], {})
+    for empty in (["--api-key", ""], ["--api-key="]):
+        with pytest.raises(BadInput, match="--api-key is empty"):
+            plan([model, *flags, *empty], {"VLLM_API_KEY": "x"})
 
 
 @pytest.mark.parametrize("flags", [[], ["--host", "localhost"], ["--host=127.0.0.1"], ["--uds", "/run/worker.sock"]])
