@@ -22,8 +22,9 @@ from episodes.errors import CaptureLost
 from worker.orders import XARG, Order
 from worker.spool import FAILED, PART, WHOLE, spooled
 
-# A request that the client dropped while it was queued never reaches the runner: nothing of it will be spooled.
+# A request that was dropped or failed while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
+RAN = ("stop", "length", "repetition")
 CALL_LIMIT = 10_000
 SWEEP_S = 1.0
 POLL_S = 0.005
@@ -77,7 +78,7 @@ class Call:
         """Take in one of vLLM's RequestOutputs; `delta` if it brings only what is new."""
         for part in output.outputs:
             sequence = self.sequences[first + part.index]
-            if output.prompt_token_ids:
+            if output.prompt_token_ids and not sequence.prompt_token_ids:
                 sequence.prompt_token_ids = list(output.prompt_token_ids)
             if delta:
                 sequence.completion_token_ids.extend(part.token_ids)
@@ -178,7 +179,7 @@ class Ledger:
             path = spooled(self.spool, call.id, choice)
             if path.exists():
                 found.append((self._sequence(choice, growing, path), path))
-            elif growing.finish_reason is not None or not abandoned:
+            elif growing.finish_reason in RAN or not abandoned:
                 return None
         if not found:
             raise CaptureLost("the request was dropped before the engine ran it")

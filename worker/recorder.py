@@ -203,8 +203,13 @@ class Recorder:
 
     # ---- the step thread
 
-    def admit(self, request: str, extra_args: dict[str, Any] | None, prompt: list[int]) -> None:
-        """A request has been scheduled for the first time; capture it if its `extra_args` hold an Order."""
+    def admit(
+        self, request: str, extra_args: dict[str, Any] | None, prompt: list[int], refused: str | None = None
+    ) -> None:
+        """A request has been scheduled for the first time; capture it if its `extra_args` hold an Order.
+
+        refused: why it cannot be captured, if so
+        """
         if not extra_args or request in self._captured:
             return
         try:
@@ -218,8 +223,9 @@ class Recorder:
             for point in captured.points:
                 self._source.watch(point)
         except Exception as error:
-            reason = str(error)
-            self._writer.put(0, lambda: self._refuse(f"{order.call}.{choice}", reason))
+            refused = str(error)
+        if refused is not None:
+            self._writer.put(0, partial(self._refuse, f"{order.call}.{choice}", refused))
             return
         self._captured[request] = captured
         self._writer.put(0, lambda: self._open(request, captured))
@@ -282,7 +288,9 @@ class Recorder:
         except RuntimeError as error:  # no pinned memory left
             self._drop(step.spans, f"no room to take {len(step.slab)} rows off the device: {error}")
             return
-        self._writer.put(step.slab.nbytes, lambda: self._write(step, arrive))
+        # Nothing of the slab: the device has its memory again as soon as the copy is made.
+        job = partial(self._write, step.spans, step.points, step.errors, arrive)
+        self._writer.put(step.slab.nbytes, job)
 
     def _drop(self, spans: list[Span], reason: str) -> None:
         for span in spans:
@@ -312,25 +320,30 @@ class Recorder:
 
     def _refuse(self, name: str, reason: str) -> None:
         self._metrics.add("captures_failed_total")
-        refuse(self._spool, name, reason)
+        try:
+            refuse(self._spool, name, reason)
+        except OSError:  # no room even for the reason
+            logger.exception("capture of %s failed: %s", name, reason)
 
-    def _write(self, step: Step, arrive: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def _write(
+        self, spans: list[Span], points: tuple[str, ...], errors: list[str], arrive: Callable[[], tuple[Tensor, Tensor]]
+    ) -> None:
         slab, ids = arrive()
         # numpy has no bf16: rows travel as bytes, [rows, points, bytes].
         rows: NDArray[Any] = slab.view(torch.uint8).numpy()
         token_ids: NDArray[np.int32] = ids.to(torch.int32).numpy()
         n_rows = n_bytes = 0
-        for span in step.spans:
+        for span in spans:
             file = self._files.get(span.request)
             if file is None:  # failed earlier
                 continue
-            if step.errors:
-                self._fail(span.request, step.errors[0])
+            if errors:
+                self._fail(span.request, errors[0])
                 continue
             own = slice(span.at, span.at + span.n_rows)
             mine = rows[own]
-            if len(file.points) < len(step.points):
-                mine = mine[:, [step.points.index(point) for point in file.points]]
+            if tuple(file.points) != points:
+                mine = mine[:, [points.index(point) for point in file.points]]
             try:
                 n_new = file.append(span.start, token_ids[own], mine)
                 n_rows, n_bytes = n_rows + n_new, n_bytes + n_new * mine.nbytes // span.n_rows
@@ -352,5 +365,5 @@ class Recorder:
         file = self._files.pop(request, None)
         if file is not None:
             logger.error("capture of %s failed: %s", request, reason)
-            self._metrics.add("captures_failed_total")
-            file.fail(reason)
+            file.drop()
+            self._refuse(file.name, reason)

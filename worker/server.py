@@ -28,7 +28,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
 from episodes.handover import TOKEN, Recipe
-from episodes.messages import parse_request
+from episodes.messages import parse_object, parse_request
 from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
@@ -45,6 +45,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # In an Accept-Encoding, unless its weight is nought.
 ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
+SECONDS = re.compile(r"\d+(\.\d+)?")
 CHUNK = 4 << 20
 EMBED_WAIT_S = 60.0
 WAIT_LIMIT_S = 60.0
@@ -142,6 +143,8 @@ class CaptureMiddleware:
             capture = Capture.parse(header)
             if not CALL_ID.fullmatch(capture.call):
                 raise BadInput(f"{CAPTURE_HEADER}: call {capture.call[:200]!r} is not letters, digits, _ and -")
+            if self._ledger.find(capture.call) is not None:
+                raise BadInput(f"{CAPTURE_HEADER}: there is a call {capture.call} already: give each its own")
             for point in capture.points or ():
                 self._about.offered.check(point)
             return capture, None, fields
@@ -150,7 +153,8 @@ class CaptureMiddleware:
         collect = Collect.parse(asked)
         points = collect.points(self._about.config.points, self._about.offered)
         given = headers.get("x-request-id", "")
-        call = given if CALL_ID.fullmatch(given) else uuid.uuid4().hex
+        free = CALL_ID.fullmatch(given) and self._ledger.find(given) is None
+        call = given if free else uuid.uuid4().hex
         # A salt of its own: whoever asks for a reply's activations wants every position, not what a cache left over.
         tokens = collect.tokens or self._about.config.tokens
         return Capture(call, f"direct/{uuid.uuid4().hex}", tuple(points), tokens), collect, fields
@@ -191,14 +195,16 @@ class CaptureMiddleware:
         return start, b"".join(parts)
 
     async def _with_activations(self, body: bytes, call: Call, collect: Collect) -> bytes:
-        reply = msgspec.json.decode(body, type=dict[str, Any])
+        reply = parse_object(body)
+        if reply is None:  # the client has left
+            return body
         try:
             extents = await self._ledger.wait_for(call, EMBED_WAIT_S)
             if extents is None:
                 raise CaptureLost(f"the activations were not there {EMBED_WAIT_S:.0f} s after the reply")
             reply["activations"] = await asyncio.to_thread(_embedded, extents, collect)
             reply["activation_collection_status"] = status(call.points, None)
-        except CaptureLost as error:
+        except (CaptureLost, OSError) as error:  # or there is no room to put it together
             reply["activation_collection_status"] = status(call.points, str(error))
         return msgspec.json.encode(reply)
 
@@ -272,15 +278,14 @@ class Routes:
         call = self._ledger.find(request.path_params["call"])
         if call is None:
             return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
-        try:
-            wait_s = float(request.query_params.get("wait_s", 0))
-        except ValueError:
-            return JSONResponse(_error("wait_s takes seconds, such as wait_s=10", 400), 400)
+        wait_s = request.query_params.get("wait_s", "0")
+        if not SECONDS.fullmatch(wait_s):
+            return JSONResponse(_error(f"wait_s={wait_s[:40]}: give seconds, such as wait_s=10", 400), 400)
         form = request.query_params.get("as", "file")
         if form not in ("file", "recipe"):
             return JSONResponse(_error(f"as={form[:40]}: give as=file or as=recipe", 400), 400)
         try:
-            extents = await self._ledger.wait_for(call, min(wait_s, WAIT_LIMIT_S))
+            extents = await self._ledger.wait_for(call, min(float(wait_s), WAIT_LIMIT_S))
         except CaptureLost as error:
             known = msgspec.to_builtins(call.known)
             return JSONResponse(_error(str(error), 410) | {"sequences": known}, 410)

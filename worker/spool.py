@@ -13,6 +13,7 @@ The format is in `episodes.wire`. Written by the engine process, read and delete
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -45,6 +46,7 @@ class SpoolFile:
         """dtype: safetensors' name. prompt: the prompt's token ids. OSError if the file cannot be made."""
         self.points = points
         self._path = spooled(directory, call, choice, "")
+        self.name = self._path.name
         self._call = call
         self._dtype, self._hidden = dtype, hidden
         self._prompt = np.array(prompt, "<i4")
@@ -92,11 +94,11 @@ class SpoolFile:
         self._file.close()
         Path(f"{self._path}{PART}").rename(f"{self._path}{WHOLE}")
 
-    def fail(self, reason: str) -> None:
-        """Drop what was written and leave the reason in its place."""
-        self._file.close()
+    def drop(self) -> None:
+        """Take away what was written."""
+        with contextlib.suppress(OSError):  # what is buffered has no room either
+            self._file.close()
         Path(f"{self._path}{PART}").unlink(missing_ok=True)
-        refuse(self._path.parent, self._path.name, reason)
 
 
 def refuse(directory: Path, name: str, reason: str) -> None:

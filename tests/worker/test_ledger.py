@@ -101,6 +101,18 @@ def test_a_call_that_never_ran_is_given_up(ledger, monkeypatch):
         collect(ledger, call)
 
 
+@pytest.mark.parametrize("reason", ["error", "abort"])
+def test_a_call_that_failed_before_it_ran_is_given_up(ledger, monkeypatch, reason):
+    """As one whose grammar does not compile, which vLLM ends while it is queued."""
+    call = begin(ledger)
+    call.note(0, output([], reason), delta=True)
+    ledger.close(call)
+    assert collect(ledger, call) is None
+    monkeypatch.setattr(module, "ABORT_GRACE_S", 0.0)
+    with pytest.raises(CaptureLost, match="dropped before the engine ran it"):
+        collect(ledger, call)
+
+
 def test_a_failed_capture_says_why(ledger):
     call = begin(ledger)
     call.note(0, output([5], "stop"), delta=True)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tests.conftest import until
 from worker.metrics import Metrics, exposition
 from worker.orders import XARG, Config
 from worker.recorder import Lane, Recorder, Writer
-from worker.spool import FAILED, prepare, spooled, used_bytes
+from worker.spool import FAILED, PART, prepare, spooled, used_bytes
 from worker.tap import Stream, Tap, find_blocks
 
 HIDDEN = 4
@@ -145,15 +146,16 @@ def test_every_hook_reads_what_its_name_says(tmp_path):
     assert np.allclose(after, entering + mlp, atol=1e-6)
 
 
-def test_calls_of_one_batch_can_record_different_points(tmp_path):
+@pytest.mark.parametrize(("first", "second"), [([2], [1, 0]), ([0, 2], [2, 0])])
+def test_calls_of_one_batch_can_record_different_points(tmp_path, first, second):
+    """Others, or the same in another order."""
     rig = Rig(tmp_path)
-    rig.admit("a", "ca", [1], points=["layers.2.output"])
-    rig.admit("b", "cb", [2], points=["layers.1.output", "layers.0.output"])
+    rig.admit("a", "ca", [1], points=[f"layers.{n}.output" for n in first])
+    rig.admit("b", "cb", [2], points=[f"layers.{n}.output" for n in second])
     rig.step(("a", 0, [1]), ("b", 0, [2]))
     rig.finish("a", "b")
-    assert np.allclose(rig.read("ca")[2][0], rig.stream([1], 2), atol=1e-6)
-    rows = rig.read("cb")[2]
-    assert np.allclose(rows[0], [rig.stream([2], 1)[0], rig.stream([2], 0)[0]], atol=1e-6)
+    for call, token, layers in (("ca", 1, first), ("cb", 2, second)):
+        assert np.allclose(rig.read(call)[2][0], [rig.stream([token], n)[0] for n in layers], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +260,45 @@ def test_a_device_without_room_ends_the_capture_and_not_the_step(tmp_path):
     rig.recorder._lane = Full()
     rig.step(("a", 0, [1]))
     assert rig.reason("ca") == "no room to take 1 rows off the device: out of memory"
+
+
+def test_the_device_has_its_memory_back_while_the_writer_waits(tmp_path):
+    """What is staged on the device is counted by nobody: it must not wait for the disk with its copy on the host."""
+    rig, gate, slabs = Rig(tmp_path), threading.Event(), []
+
+    class Copying(Lane):
+        def leave(self, slab, token_ids):
+            slabs.append(weakref.ref(slab))
+            return super().leave(slab.clone(), token_ids)
+
+    rig.recorder._lane = Copying()
+    rig.recorder._writer.put(0, gate.wait)
+    rig.admit("a", "ca", [1])
+    rig.step(("a", 0, [1]))
+    rig.step(("a", 1, [2]))
+    assert [slab() for slab in slabs] == [None, None]
+    gate.set()
+    rig.finish("a")
+    assert len(rig.read("ca")[0]) == 2
+
+
+def test_a_disk_that_is_full_ends_the_captures_it_touches_and_no_other(tmp_path):
+    """What is buffered cannot be written at the end either: the file goes all the same, and the reason stays."""
+    rig, many = Rig(tmp_path), [1] * 70_000  # more than is buffered
+    part = spooled(rig.spool, "ca", 0, PART)
+    part.symlink_to("/dev/full")
+    rig.admit("a", "ca", many)
+    rig.admit("b", "cb", [4])
+    rig.step(("a", 0, many), ("b", 0, [4]))
+    rig.finish("a", "b")
+    assert "No space left on device" in rig.reason("ca") and not part.is_symlink()
+    assert len(rig.read("cb")[0]) == 1
+
+
+def test_a_prompt_whose_rows_have_no_identity_refuses_the_capture(tmp_path):
+    rig = Rig(tmp_path)
+    rig.recorder.admit("a", {XARG: {"call": "ca", "points": ["layers.0.output"], "first_choice": 0}}, [1], "images")
+    assert rig.reason("ca") == "images"
 
 
 def test_a_full_spool_refuses_the_next_capture(tmp_path):

@@ -57,3 +57,32 @@ def test_json_that_is_too_deep_is_400(stub):
     deep = b'{"collect_activations": ' + b"[" * 5000 + b"]" * 5000 + b"}"
     reply = httpx.post(f"{stub.url}/v1/chat/completions", content=deep)
     assert reply.status_code == 400 and "deep" in reply.json()["error"]["message"]
+
+
+def test_a_calls_id_is_its_own(stub, tmp_path):
+    """Two calls of one name would share files: of the proxy's the second is refused, a direct one gets another name."""
+    headers, url = {CAPTURE_HEADER: Capture("c-mine").header()}, f"{stub.url}/v1/chat/completions"
+    assert httpx.post(url, json=BODY, headers=headers).status_code == 200
+    again = httpx.post(url, json=BODY, headers=headers)
+    assert again.status_code == 400 and "there is a call c-mine already" in again.json()["error"]["message"]
+    direct = BODY | {"stream": True, "collect_activations": True}
+    other = httpx.post(url, json=direct, headers={"X-Request-Id": "c-mine"})
+    assert other.status_code == 200
+    calls = [call["call"] for call in httpx.get(f"{stub.url}/v1/activations").json()["data"]]
+    assert len(set(calls)) == 2 and "c-mine" in calls
+
+
+@pytest.mark.parametrize("wait_s", ["nan", "inf", "-1", "soon", ""])
+def test_a_wait_that_is_no_number_of_seconds_is_400(stub, wait_s):
+    headers = {CAPTURE_HEADER: Capture("c-mine").header()}
+    httpx.post(f"{stub.url}/v1/chat/completions", json=BODY, headers=headers)
+    reply = httpx.get(f"{stub.url}/v1/activations/c-mine", params={"wait_s": wait_s})
+    assert reply.status_code == 400 and "give seconds" in reply.json()["error"]["message"]
+
+
+def test_a_reply_comes_also_where_its_activations_cannot_be_put_together(stub, monkeypatch):
+    """No room in the temporary directory: the completion is there, and the reason."""
+    monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+    reply = httpx.post(f"{stub.url}/v1/chat/completions", json=BODY | {"collect_activations": True})
+    assert reply.status_code == 200 and reply.json()["choices"]
+    assert "No such file" in str(reply.json()["activation_collection_status"])
