@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
+# A row belongs to the token ids up to it.
+NO_IDENTITY = "the prompt has images, sound or embeddings in it: what stands there cannot be told by its token ids"
+
+
 class RecordingRunner(GPUModelRunner):
     """A V1 model runner that labels and records the rows of each step.
 
@@ -43,7 +47,7 @@ class RecordingRunner(GPUModelRunner):
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
-        if config.source == "graphs" and not current_platform.is_cuda():
+        if config.source == "graphs" and not current_platform.support_static_graph_mode():
             raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
         self.use_aux_hidden_state_outputs = config.source == "aux"
         super().load_model(*args, **kwargs)
@@ -87,10 +91,13 @@ class RecordingRunner(GPUModelRunner):
             finally:
                 self.input_ids.gpu[:1] = 0
 
+        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if self.tap is not None:
-            points = msgspec.convert(self.vllm_config.additional_config[XARG], Config).points
             hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self.tap.probe(points, forward, 1, hidden, dtype, by_rank if split else None)
+            self.tap.probe(config.points, forward, 1, hidden, dtype, by_rank if split else None)
+        if config.source == "graphs":
+            replay = partial(self._dummy_run, 1, uniform_decode=True)
+            self.source.probe(replay) if isinstance(self.source, Graphs) else replay()
         if self.edit is not None:
             self.source.run(None, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
 
@@ -99,7 +106,8 @@ class RecordingRunner(GPUModelRunner):
             self.recorder.retire(scheduler_output.finished_req_ids)
             for new in scheduler_output.scheduled_new_reqs:
                 extra_args = new.sampling_params.extra_args if new.sampling_params else None
-                self.recorder.admit(new.req_id, extra_args, new.prompt_token_ids or [])
+                refused = NO_IDENTITY if new.mm_features or new.prompt_embeds is not None else None
+                self.recorder.admit(new.req_id, extra_args, new.prompt_token_ids or [], refused)
         return super()._update_states(scheduler_output)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
@@ -109,20 +117,20 @@ class RecordingRunner(GPUModelRunner):
         finally:
             self._scheduled = None  # a dummy run that comes by `_model_forward` belongs to nobody
 
-    def _model_forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        forward = partial(super()._model_forward, input_ids, *args, **kwargs)
+    def _model_forward(self, input_ids: Any = None, positions: Any = None, *args: Any, **kwargs: Any) -> Any:
+        forward = partial(super()._model_forward, input_ids, positions, *args, **kwargs)
         recorder = self.recorder
-        if recorder is None or self._scheduled is None or input_ids is None:
+        if recorder is None or self._scheduled is None:
             return forward()
         batch = self._batch(self._scheduled)
-        step = recorder.plan(batch, input_ids.device)
+        step = recorder.plan(batch, self.device)
         if self.edit is not None and (rows := recorder.rows(batch)):
-            forward = partial(self.edit.run, rows, input_ids.shape[0], recorder.fail, forward)
+            forward = partial(self.edit.run, rows, positions.shape[-1], recorder.fail, forward)
         elif step is None:
             return forward()
         output = self.source.run(step, forward)
         if step is not None:
-            recorder.hand_over(step, input_ids)
+            recorder.hand_over(step, self.input_ids.gpu)  # there too where the model is fed embeddings
         return output
 
     def _batch(self, scheduled: dict[str, int]) -> list[tuple[str, int, int]]:

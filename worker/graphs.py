@@ -18,11 +18,14 @@ from episodes.errors import UnknownPoint
 from worker.recorder import Step
 from worker.tap import Stream, Tap
 
+# What no model has a whole row of.
+UNWRITTEN = 12288.0
+
 
 class Graphs:
     """A source of the points that the graphs were recorded with.
 
-    `record` must be called around the recording, `run` around every step from then on.
+    `record` must be called around the recording, `probe` once after it, `run` around every step from then on.
     """
 
     def __init__(
@@ -43,6 +46,14 @@ class Graphs:
     def record(self, forward: Callable[[], Any]) -> Any:
         """What `forward`, which runs the model while graphs are recorded, returns."""
         return self._tap.run(self, forward)
+
+    def probe(self, forward: Callable[[], Any]) -> None:
+        """Run `forward`, a pass of one row: UnknownPoint, with their names, if it leaves nothing of some points."""
+        first = self._slab[:1].fill_(UNWRITTEN)  # none where there are no graphs
+        self._tap.run(self, forward)
+        missing = [p for i, p in enumerate(self.points) if bool((first[:, i] == UNWRITTEN).all(-1).any())]
+        if missing:
+            raise UnknownPoint(f"{', '.join(missing)}: not in vLLM's graphs, and left out when they are replayed")
 
     def receive(self, i: int, read: Callable[[], Stream]) -> None:
         """Copy all rows of a pass that is recorded, at the i-th point, into the slab."""

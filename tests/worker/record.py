@@ -5,7 +5,7 @@
 Reads jobs from its input, one JSON object a line, and answers each with one: `{}` when `out` is written, else
 `{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's
 configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null;
-`ranks`, how many the model is split over.
+`ranks`, how many the model is split over; `flags`, more of vLLM's own.
 
 A program of its own: vLLM wants a process to itself, and changes transformers' classes in it. One for all models: to
 import vLLM takes longer than all else.
@@ -20,11 +20,14 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 import numpy as np
+import torch
 
 from episodes.wire import read_header, read_tensor
 from worker.orders import XARG
@@ -32,36 +35,56 @@ from worker.spool import prepare, spooled
 
 PROMPT = list(range(5, 45))
 N_GENERATED = 4
+# Of one size: decode steps of fewer requests are padded.
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4]}
 # One core a rank. Without this, and without saying how large the cache is, vLLM wants memory of several kinds.
 SPLIT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
-def record(model: str, spool: Path, asked: dict[str, object], adapter: str | None, ranks: int) -> dict[str, np.ndarray]:
-    """`tokens` and `rows` of a prompt, run in chunks of 32 tokens, and of what was generated; `uncaptured`: what is
-    generated without a capture.
+def record(
+    model: str, spool: Path, asked: dict[str, object], adapter: str | None, ranks: int, flags: dict[str, object]
+) -> dict[str, np.ndarray]:
+    """`tokens` and `rows` of a prompt, run in chunks of 32 tokens between two others, and of what was generated;
+    `uncaptured`: what is generated without a capture; `n_replays`: how many of its steps a CUDA graph did.
     """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    from worker.recorder import Step
+
     prepare(spool)
     config = {"spool_dir": str(spool), "spool_bytes": 1 << 30, "buffer_bytes": 1 << 30}
-    split = {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 1 << 26} if ranks > 1 else {}
-    os.environ.update(SPLIT if ranks > 1 else {})
-    llm = LLM(
-        model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source") != "aux", block_size=32,
-        max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, worker_cls="worker.engine.RecordingWorker",
-        additional_config={XARG: config | asked}, distributed_executor_backend="mp" if split else "uni",
-        gpu_memory_utilization=0.1, enable_lora=adapter is not None, **split,
-    )  # fmt: skip
+    more = flags | {"worker_cls": "worker.engine.RecordingWorker", "distributed_executor_backend": "uni"}
+    graphs: AbstractContextManager[None] = nullcontext()
+    if asked.get("source") == "graphs":
+        more["compilation_config"] = GRAPHS
+        if not torch.cuda.is_available():
+            from tests.worker.graphed import graphed
+
+            more["worker_cls"], graphs = "tests.worker.graphed.GraphedWorker", graphed()
+    if ranks > 1:
+        more |= {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 1 << 26, "distributed_executor_backend": "mp"}
+        os.environ.update(SPLIT)
     order = {"call": "c", "points": asked["points"], "first_choice": 0}
-    sampling = {"max_tokens": N_GENERATED, "detokenize": False, "temperature": 0, "ignore_eos": True}
-    captured = SamplingParams(**sampling, extra_args={XARG: order})
+    sampling = {"detokenize": False, "temperature": 0, "ignore_eos": True}
+    plain = SamplingParams(**sampling, max_tokens=N_GENERATED)
+    captured = SamplingParams(**sampling, max_tokens=N_GENERATED, extra_args={XARG: order})
     lora = LoRARequest("tuned", 1, adapter) if adapter else None
-    # The worker's middleware gives captured calls a salt, which keeps their cache from others.
-    prompt = {"prompt_token_ids": PROMPT, "cache_salt": "captured"}
-    llm.generate([prompt], captured, use_tqdm=False, lora_request=lora)
-    # What is finished arrives with the next step.
-    (other,) = llm.generate([{"prompt_token_ids": PROMPT}], SamplingParams(**sampling), use_tqdm=False)
+    with graphs, patch.object(Step, "receive_all", autospec=True, side_effect=Step.receive_all) as replayed:
+        register(model)
+        llm = LLM(
+            model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source", "nnsight") == "nnsight",
+            max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, block_size=32, gpu_memory_utilization=0.1,
+            additional_config={XARG: config | asked}, enable_lora=adapter is not None, **more,
+        )  # fmt: skip
+        # The worker's middleware gives captured calls a salt, which keeps their cache from others. The first prompt's
+        # request is done early: the others move up in the batch. The last one's chunks go beside others' decode steps.
+        prompts = [{"prompt_token_ids": PROMPT[20:25]}, {"prompt_token_ids": PROMPT, "cache_salt": "captured"}]
+        prompts.append({"prompt_token_ids": PROMPT[::-1]})
+        ways = [SamplingParams(**sampling, max_tokens=2), captured, plain]
+        llm.generate(prompts, ways, use_tqdm=False, lora_request=[None, lora, None])
+        # What is finished arrives with the next step.
+        (other,) = llm.generate([{"prompt_token_ids": PROMPT}], plain, use_tqdm=False)
     path = spooled(spool, "c", 0)
     deadline = time.monotonic() + 20
     while not path.exists() and time.monotonic() < deadline:
@@ -69,7 +92,16 @@ def record(model: str, spool: Path, asked: dict[str, object], adapter: str | Non
     tensors, _ = read_header(path)
     position, token_id, rows = (read_tensor(path, tensors[name]) for name in ("position", "token_id", "rows"))
     assert position.tolist() == list(range(len(position)))
-    return {"tokens": token_id, "rows": rows, "uncaptured": np.array(other.outputs[0].token_ids)}
+    uncaptured = np.array(other.outputs[0].token_ids)
+    return {"tokens": token_id, "rows": rows, "uncaptured": uncaptured, "n_replays": np.array(replayed.call_count)}
+
+
+def register(model: str) -> None:
+    """Have vLLM look at the model's class in this process: of one that it has not seen it asks another, for 9 s."""
+    from vllm import ModelRegistry
+
+    (name,) = json.loads((Path(model) / "config.json").read_text())["architectures"]
+    ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 def work(job: dict[str, object]) -> dict[str, str]:
@@ -78,7 +110,8 @@ def work(job: dict[str, object]) -> dict[str, str]:
 
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            np.savez(job["out"], **record(job["model"], Path(scratch), job["asked"], job["adapter"], job["ranks"]))
+            out = job.pop("out")
+            np.savez(out, **record(spool=Path(scratch), **job))
         return {}
     except Exception:
         return {"error": traceback.format_exc()}

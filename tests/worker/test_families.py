@@ -87,11 +87,14 @@ def reference(model, tokens):
 
 
 class Recorded(NamedTuple):
-    """Of a captured request the tokens and the rows; of the same one without a capture what it generated."""
+    """Of a captured request the tokens, the rows and how many steps were replayed; of the same one without a capture
+    what it generated.
+    """
 
     tokens: list[int]
     rows: np.ndarray
     uncaptured: list[int]
+    n_replays: int
 
 
 class Recording:
@@ -101,7 +104,7 @@ class Recording:
         self._log = log
         self._process = None
 
-    def __call__(self, home, points, adapter=None, ranks=1, **asked):
+    def __call__(self, home, points, adapter=None, ranks=1, flags=None, **asked):
         """What our worker recorded in vLLM, or what it said when it refused."""
         out = home / "recorded.npz"
         job = {
@@ -110,6 +113,7 @@ class Recording:
             "asked": asked | {"points": points},
             "adapter": adapter and str(adapter),
             "ranks": ranks,
+            "flags": flags or {},
         }
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -120,7 +124,9 @@ class Recording:
         if "error" in (said := json.loads(answer)):
             return said["error"]
         with np.load(out) as found:
-            return Recorded(found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist())
+            return Recorded(
+                found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist(), int(found["n_replays"])
+            )
 
     def _start(self):
         env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
@@ -145,7 +151,7 @@ def record(engines, tmp_path_factory):
 def check(recorded, model, points):
     """Every row is what the model computes for the tokens that were recorded."""
     assert not isinstance(recorded, str), recorded[-3000:]
-    tokens, rows, _ = recorded
+    tokens, rows = recorded.tokens, recorded.rows
     assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + N_GENERATED - 1
     expected = reference(model, tokens)
     for i, point in enumerate(points):
@@ -155,17 +161,23 @@ def check(recorded, model, points):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_point_holds_what_its_name_says(record, family, tmp_path):
-    """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4."""
+    """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4.
+    In eager steps, and where graphs, which on a CPU are `replay.Graph`, do the decode steps that have no prompt beside
+    them.
+    """
     model = make(family, tmp_path)
-    recorded = record(tmp_path, POINTS)
-    check(recorded, model, POINTS)
+    eager, graphs = record(tmp_path, POINTS), record(tmp_path, POINTS, source="graphs")
+    check(eager, model, POINTS)
+    check(graphs, model, POINTS)
+    assert (eager.n_replays, graphs.n_replays) == (0, N_GENERATED - 2)
+    assert graphs.uncaptured == eager.uncaptured
 
 
 def test_a_module_of_ones_own_is_a_point(record, tmp_path):
     """The output projection's output is what the attention block adds."""
     make("llama", tmp_path)
     points = ["layers.1.attn", "layers.1.mine"]
-    _, rows, _ = record(tmp_path, points, custom={"mine": "model.layers.*.self_attn.o_proj.output"})
+    rows = record(tmp_path, points, custom={"mine": "model.layers.*.self_attn.o_proj.output"}).rows
     assert np.array_equal(rows[:, 0], rows[:, 1]) and rows.any()
 
 
@@ -252,6 +264,17 @@ def test_an_edit_that_fails_on_a_row_is_refused_at_start(record, tmp_path):
     (tmp_path / "steer.py").write_text(STEER)
     refused = record(tmp_path, ["layers.0.output"], edit=f"{tmp_path}/steer.py:late")
     assert isinstance(refused, str) and "steer.py:late" in refused and "model.model.layers.0.output" in refused
+
+
+def test_a_model_that_is_fed_embeddings_is_recorded_all_the_same(record, tmp_path, observed):
+    """As one that takes images is, and one of any kind where embeddings are taken for prompts."""
+    model = make("llama", tmp_path)
+    (tmp_path / "steer.py").write_text(STEER)
+    fed = record(tmp_path, OUTPUTS, flags={"enable_prompt_embeds": True})
+    check(fed, model, OUTPUTS)
+    assert fed.tokens == observed.tokens
+    edited = record(tmp_path, OUTPUTS[:2], flags={"enable_prompt_embeds": True}, edit=f"{tmp_path}/steer.py:replace")
+    assert np.all(edited.rows[:, 1] == 1)
 
 
 def test_a_lora_adapters_rows_are_those_of_the_merged_weights(record, tmp_path, observed):

@@ -4,34 +4,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from episodes.errors import UnknownPoint
+from tests.worker.replay import Graph
 from tests.worker.test_recorder import HIDDEN, Rig
 from worker.graphs import Graphs
 
 N_ROWS = 4
 POINTS = ["layers.0.output", "layers.1.attn", "layers.2.output"]
-
-
-class Graph(TorchDispatchMode):
-    """The operations of one pass, and a way to run them again on the memory that they ran on, and no Python else."""
-
-    def __init__(self):
-        super().__init__()
-        self._operations = []
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        output = operation(*args, **(kwargs or {}))
-        self._operations.append((operation, args, kwargs or {}, output))
-        return output
-
-    def replay(self):
-        for operation, args, kwargs, output in self._operations:
-            for before, now in zip(tree_leaves(output), tree_leaves(operation(*args, **kwargs)), strict=True):
-                if now.data_ptr() != before.data_ptr():  # else a view, or written in place
-                    before.copy_(now)
 
 
 class Replayed(nn.Module):
@@ -49,6 +29,7 @@ class Replayed(nn.Module):
         with self._graph:
             self._output = self.eager(self._ids)
 
+    @torch.no_grad()
     def forward(self, ids):
         if len(ids) > N_ROWS:
             return self.eager(ids)
@@ -63,6 +44,7 @@ class GraphRig(Rig):
         graphs = Graphs(self.tap, points, N_ROWS, HIDDEN, torch.float32, torch.device("cpu"))
         self.model = Replayed(self.toy)
         graphs.record(self.model.capture)
+        graphs.probe(lambda: self.model(torch.zeros(1, dtype=torch.int32)))
         return graphs
 
 
@@ -76,7 +58,7 @@ def test_rows_of_replayed_steps_are_recorded_like_those_of_eager_ones(tmp_path, 
     rig.step(("x", 0, [9]), ("a", 5, [8]), ("b", 0, [6, 7]))
     rig.step(("b", 2, [10]), ("x", 1, [9]), ("a", 6, [11]))
     rig.finish("a", "b")
-    assert rig.model.n_replays == 2
+    assert rig.model.n_replays == 1 + 2  # the first is the probe's
     for call, tokens in (("ca", [1, 2, 3, 4, 5, 8, 11]), ("cb", [6, 7, 10])):
         position, ids, rows = rig.read(call)
         assert position.tolist() == list(range(len(tokens))) and ids.tolist() == tokens
@@ -88,7 +70,7 @@ def test_a_step_that_nobody_captures_is_replayed_as_it_is(tmp_path):
     rig = GraphRig(tmp_path, POINTS)
     ids = [1, 2, 3]
     assert torch.allclose(rig.step(("x", 0, ids)), torch.tensor(rig.stream(ids, 2)), atol=1e-6)
-    assert rig.model.n_replays == 1
+    assert rig.model.n_replays == 1 + 1
 
 
 def test_a_point_that_was_not_recorded_into_the_graphs_refuses_the_capture(tmp_path):
@@ -97,3 +79,13 @@ def test_a_point_that_was_not_recorded_into_the_graphs_refuses_the_capture(tmp_p
     assert rig.reason("ca") == f"layers.1.output: the recorded graphs have {', '.join(POINTS)}"
     with pytest.raises(UnknownPoint, match="layers 0 to 2"):
         GraphRig(tmp_path / "other", ["layers.3.output"])
+
+
+def test_a_point_that_a_replay_leaves_nothing_of_is_refused_at_start(tmp_path):
+    """Graphs that were recorded with the observers of some points, or of none, would leave the rows of other steps."""
+    rig = GraphRig(tmp_path, POINTS)
+    some = Graphs(rig.tap, [*POINTS, "layers.1.output"], N_ROWS, HIDDEN, torch.float32, torch.device("cpu"))
+    with pytest.raises(UnknownPoint, match=rf"{', '.join(POINTS)}, layers.1.output: .* replayed"):
+        some.probe(lambda: rig.model(torch.zeros(1, dtype=torch.int32)))
+    with torch.no_grad():
+        some.probe(lambda: rig.toy(torch.zeros(1, dtype=torch.int32)))  # which is not replayed

@@ -1,0 +1,61 @@
+"""vLLM's CUDA graphs on a CPU: all of vLLM's own code for them, with `replay.Graph` for what CUDA would do.
+
+Its dispatcher picks a graph for a batch and pads it, its loop records one for each size, its wrapper replays them.
+"""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from unittest.mock import patch
+
+import torch
+from vllm.compilation import cuda_graph, cudagraph_pool
+from vllm.config import CUDAGraphMode
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+from vllm.v1.worker import gpu_model_runner
+
+from tests.worker.replay import Graph
+from worker.engine import RecordingWorker
+
+check = CpuPlatform.check_and_update_config
+
+
+class GraphedWorker(RecordingWorker):
+    """Does with its model, and before its probe, what vLLM's worker for a GPU does."""
+
+    def load_model(self, **kwargs):
+        super().load_model(**kwargs)
+        runner = self.model_runner
+        runner.model = cuda_graph.CUDAGraphWrapper(runner.model, self.vllm_config, CUDAGraphMode.FULL)
+        runner.get_model = runner.model.unwrap
+
+    def compile_or_warm_up_model(self):
+        self.model_runner.capture_model()
+        return super().compile_or_warm_up_model()
+
+
+@contextmanager
+def graphed():
+    """What keeps vLLM from having graphs on a CPU is taken out of the way."""
+
+    def check_only(platform, config):
+        sizes = config.compilation_config.cudagraph_capture_sizes
+        check(config)
+        config.compilation_config.cudagraph_capture_sizes = sizes
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (CpuPlatform, "support_static_graph_mode", lambda platform: True),
+            (CpuPlatform, "check_and_update_config", check_only),
+            (CpuPlatform, "graph_pool_handle", lambda platform: None),
+            (CPUAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
+            (gpu_model_runner, "graph_capture", lambda device: nullcontext()),
+            (gpu_model_runner, "lock_workspace", lambda: None),
+            (torch.accelerator, "get_memory_info", lambda: (0, 0)),
+            (torch.cuda, "CUDAGraph", Graph),
+            (torch.cuda, "graph", lambda graph, **kwargs: graph),
+            (cuda_graph, "weak_ref_tensors", lambda tensors: tensors),
+            (cudagraph_pool, "set_graph_pool_id", lambda pool: None),
+        ):
+            stack.enter_context(patch.object(owner, name, value, create=True))
+        yield
