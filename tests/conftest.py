@@ -103,7 +103,8 @@ def event_loops_are_not_blocked(request: pytest.FixtureRequest, caplog: pytest.L
     yield
     if request.node.get_closest_marker("engine"):
         return
-    slow = [r.getMessage() for r in caplog.get_records("call") if r.name == "asyncio" and "took" in r.getMessage()]
+    records = [r for phase in ("call", "teardown") for r in caplog.get_records(phase) if r.name == "asyncio"]
+    slow = [r.getMessage() for r in records if "took" in r.getMessage()]
     assert not slow, slow
 
 

@@ -38,6 +38,7 @@ ADVICE = {
         "the memory does not suffice: end what else uses it, lower --gpu-memory-utilization, take a smaller model or "
         "--quantization, or split it with --tensor-parallel-size"
     ),
+    r"_OpNamespace' '_C'": "vLLM's kernels do not load: its CPU build wants libnuma.so.1 (apt-get install libnuma1)",
     r"max_model_len": "give a smaller --max-model-len",
     r"model weights|safetensors": "the model's directory is not whole: download it again, or give another MODEL",
     r"is not divisible|must be divisible": "give another --tensor-parallel-size",

@@ -53,6 +53,7 @@ def test_an_error_becomes_one_line(error, line):
             "Available memory on node 0 (9/24 GiB) on kv cache allocation is less than requested",
             "VLLM_CPU_KVCACHE_SPACE",
         ),
+        ("'_OpNamespace' '_C' object has no attribute 'init_cpu_memory_env'", "apt-get install libnuma1"),
         ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", "--max-model-len"),
     ],
 )
