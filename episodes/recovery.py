@@ -4,7 +4,7 @@ A crash leaves the journal, up to its last whole line, and that is the truth. Be
 
 - lines of `begun.jsonl` whose call the journal lacks: these calls are `left`, to be recorded with what can still be had
 - the claim of such a call, as a draft or as a live file: it is used
-- a shard without its seal: it goes, its rows are still in live files
+- a shard without its seal: it goes if all its rows are in live files still, else it is the only one to have them
 - live files behind a seal, files of no call, drafts: they go
 """
 
@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import pyarrow as pa
 
 from episodes.errors import CorruptFile
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.records import Call
+from episodes.shards import shard_calls
 from episodes.wire import CallFile
 
 STOPPED = "its proxy was stopped before it had recorded the call"
@@ -57,13 +59,21 @@ def strays(layout: Layout, history: History, left: Iterable[Call], damaged: bool
     with_rows = {e.id for e in history.episodes.values() if e.sealed and e.sealed.n_rows}
     for path in sorted(layout.shards.glob("[!.]*")):
         if path.stem not in with_rows:
-            yield Stray(path, "no sealed episode of that name", path.stem in history.episodes)
+            yield Stray(path, "no sealed episode of that name", _live_too(layout, path))
     for path in sorted(layout.foreign.glob("[!.]*")):
         if path.name.partition(".")[0] not in known:
             yield Stray(path, "no call in the journal", not damaged)
     for path in sorted([*layout.root.glob(".*.draft"), *layout.root.glob("*/.*.draft"), *layout.live.glob(".*.claim")]):
         if path.suffix == ".draft" or path.name[1:].removesuffix(".claim") not in waiting:
             yield Stray(path, "a file that was not finished")
+
+
+def _live_too(layout: Layout, shard: Path) -> bool:
+    """Whether live files have the rows of a shard."""
+    try:
+        return all(layout.live_file(thread, call).exists() for thread, call in shard_calls(shard))
+    except (OSError, pa.ArrowException):  # it is none of ours
+        return False
 
 
 def recover(layout: Layout, history: History, left: list[Call], damaged: bool) -> tuple[list[Call], list[str]]:

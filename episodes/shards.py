@@ -225,6 +225,12 @@ def shard_points(path: Path) -> list[str]:
     return [name for name in pq.read_schema(path).names if name not in INDEX_NAMES]
 
 
+def shard_calls(path: Path) -> set[tuple[str, str]]:
+    """Thread and id of each call that a shard has rows of."""
+    table = pq.read_table(path, columns=["thread", "call"], page_checksum_verification=True)
+    return set(zip(table["thread"].to_pylist(), table["call"].to_pylist(), strict=True))
+
+
 def shard_blocks(path: Path, calls: Container[str]) -> Iterator[Block]:
     """The rows of these calls in a shard, as they were written; for sealing an episode that went on after its seal."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:

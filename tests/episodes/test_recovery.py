@@ -5,6 +5,8 @@ import signal
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from episodes.begun import Begun, left_begun
@@ -192,10 +194,46 @@ def test_what_cannot_be_told_to_be_garbage_stays(tmp_path):
     layout.journal.write_bytes(layout.journal.read_bytes().replace(b"c1", b"c2", 1))
     layout.shards.mkdir()
     (layout.shards / "notes.txt").write_text("mine")
+    pq.write_table(pa.table({"mine": [1]}), layout.shards / "mine.parquet")
     (layout.live / ".c9.claim").write_bytes(b"")
     store = Store(layout)
     assert store.recovered == ["live/.c9.claim: a file that was not finished; deleted"]
-    assert layout.live_file("t-e", "c1").exists() and (layout.shards / "notes.txt").exists()
+    assert layout.live_file("t-e", "c1").exists()
+    assert {path.name for path in layout.shards.iterdir()} == {"notes.txt", "mine.parquet"}
+    store.close()
+
+
+@pytest.mark.parametrize("left", ["c1 c2 damaged", "c1 c2", "c1"])
+def test_the_only_copy_of_rows_stays_whatever_the_journal_says(tmp_path, left):
+    """Of an episode whose seal is a damaged line, or which was sealed after its journal had been copied; and a reader
+    finds the rows.
+    """
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [3])
+    writer.commit("c2", [1, 2, 3], [4], computed=2, turn=1)
+    writer.store.seal("e")
+    writer.close()
+    layout = writer.layout
+    lines = dict(zip(("c1", "c2", "damaged"), layout.journal.read_bytes().splitlines(keepends=True), strict=True))
+    layout.journal.write_bytes(b"".join(lines[name] for name in left.split()).replace(b'"seal"', b'"seam"'))
+    store = Store(layout)
+    assert layout.shard("e").exists() and store.recovered == []
+    store.close()
+    assert np.array_equal(open_run(layout.root).call("c1").activations(POINTS[0]), expected([1, 2], POINTS[0]))
+
+
+def test_a_shard_without_its_seal_goes_where_live_files_have_its_rows(tmp_path):
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [3])
+    live = writer.layout.live_file("t-e", "c1")
+    rows, lines = live.read_bytes(), writer.layout.journal.read_bytes()
+    writer.store.seal("e")
+    writer.close()
+    writer.layout.journal.write_bytes(lines)
+    live.parent.mkdir()
+    live.write_bytes(rows)
+    store = Store(writer.layout)
+    assert store.recovered == ["shards/e.parquet: no sealed episode of that name; deleted"]
     store.close()
 
 
