@@ -158,7 +158,8 @@ def seal(run: Path) -> None:
 
     Moves the rows of every episode of the directory RUN into its shard, and writes the index tables. What a proxy that
     was killed left is finished or cleared away first, and said; of calls that it had not recorded, the rows that only
-    the worker has are lost then. Start a proxy on the run instead, and it fetches them.
+    the worker has are lost then. Start a proxy on the run instead, and it fetches them. Episodes that cannot be sealed,
+    for a file is damaged, are left and said; the exit code is 1 then.
     """
     layout = Layout(run)
     if not layout.run.exists():
@@ -169,8 +170,10 @@ def seal(run: Path) -> None:
             click.echo(recovered)
         for call in store.left:
             click.echo(f"call {call.id}: {call.error}; recorded with what there is")
-        sealed = store.seal_all(DIALECT)
-        store.roll()
+        try:
+            sealed = store.seal_all(DIALECT)
+        finally:  # of what could be sealed
+            store.roll()
     finally:
         store.close()
     click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
@@ -191,16 +194,19 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
     """Join tau-bench's results to a run's episodes.
 
     RESULTS are the JSON files that tau-bench wrote, any number, at any time after the proxy stopped; RUN is the run's
-    directory. What is live is sealed first.
+    directory. What is live is sealed first; the exit code is 1 if some of it cannot be.
     """
     entries = [entry for path in results for entry in read_results(path)]
     tasks = _tasks(tau_bench, env, split or "test") if tau_bench else {}
     layout = Layout(run)
     if not layout.run.exists():
         raise BadRun(f"{run} is not a run: it has no run.json")
-    store = Store(layout)
+    store, failed = Store(layout), None
     try:
-        store.seal_all(DIALECT)
+        try:
+            store.seal_all(DIALECT)
+        except BadRun as error:  # its episodes are joined all the same
+            failed = error
         found = find_links(open_run(run).history, entries, env, split, tasks)
         if entries and not found.links:
             names = ", ".join(path.name for path in results)
@@ -212,6 +218,8 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
     finally:
         store.close()
     _report_links(found, n_new)
+    if failed:
+        raise failed
 
 
 def _tasks(tau_bench: Path, env: str | None, split: str) -> dict[int, str]:

@@ -12,13 +12,12 @@ from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import zstandard
 
 from episodes import checkpoint, journal
 from episodes.begun import Begun
 from episodes.cast import Cast, Dialect, Group
-from episodes.errors import CorruptFile, RunLocked, WrongFormat, WrongModel
+from episodes.errors import BadRun, CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import Ranges
 from episodes.layout import FORMAT, Layout, crc32, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
@@ -129,7 +128,7 @@ class Store:
                     if crc32(shard) != episode.sealed.crc32:
                         self.seal(episode.id)
                         self.recovered.append(f"shards/{shard.name}: its seal was not finished; sealed again")
-                except (OSError, pa.ArrowException, CorruptFile) as error:
+                except Exception as error:  # a flipped bit in a shard's footer may raise a KeyError as well
                     self.recovered.append(f"shards/{shard.name}: {error}; see `tautap verify`")
 
     def draft(self, call: str) -> Path:
@@ -227,14 +226,22 @@ class Store:
 
     def seal_all(self, dialect: Dialect) -> list[Seal]:
         """Seal what is live, the threads that a writer before this one left open as their calls tell; what it had not
-        recorded is recorded first.
+        recorded is recorded first. BadRun, once all else is sealed, names the episodes that cannot be, and why.
         """
         self.finish_left()
         cast = Cast(dialect)
         cast.replay(self.history.unsealed())
         for group in cast.groups():
             self.pair(group, dialect.name)
-        return [seal for seal in map(self.seal, list(self.history.episodes)) if seal is not None]
+        seals, failed = [], []
+        for episode in list(self.history.episodes):
+            try:
+                seals.append(self.seal(episode))
+            except Exception as error:
+                failed.append(f"episode {episode} is not sealed: {error}")
+        if failed:
+            raise BadRun("\n".join([*failed, f"see `tautap verify {self.layout.root}`"]))
+        return [seal for seal in seals if seal is not None]
 
     def seal(self, name: str) -> Seal | None:
         """Move an episode's rows into its shard; None if that has been done. An earlier seal's rows are taken along."""

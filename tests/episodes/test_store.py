@@ -518,6 +518,35 @@ def test_the_commands_read_a_run(tmp_path):
     assert invoke("verify", run).exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("sealed", "harm"),
+    [
+        (False, lambda lo: lo.live_file("t-e", "c1").write_bytes(b"x")),
+        (False, lambda lo: lo.live_file("t-e", "c1").unlink()),
+        (True, lambda lo: flip(lo.shard("e"), lo.shard("e").stat().st_size // 3)),
+    ],
+)
+def test_an_episode_that_cannot_be_sealed_does_not_keep_the_others_from_it(tmp_path, sealed, harm):
+    """Nor from being linked: `seal` and `link` say which it is and why, do the rest, and exit with 1."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    if sealed:
+        writer.store.seal("e")
+        writer.commit("c4", [1, 2, 3, 4, 5, 6, 7, 8, 9], [8], computed=8, turn=2)
+    writer.close()
+    harm(writer.layout)
+    said = [("user", "say 0"), ("assistant", "ok"), ("user", "bye")]
+    said = [{"role": role, "content": text} for role, text in said]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{"task_id": 3, "reward": 1.0, "info": {}, "trial": 0, "traj": said}]))
+    for command in (["seal"], ["link", results]):
+        done = invoke(command[0], writer.layout.root, *command[1:])
+        assert isinstance(done.exception, BadRun) and "episode e is not sealed: " in str(done.exception)
+        episodes = {row["episode"]: row for row in pq.read_table(writer.layout.episodes).to_pylist()}
+        assert (episodes["e"]["status"], episodes["f"]["status"]) == ("live", "sealed")
+    assert "1 results joined" in done.output and episodes["f"]["task_id"] == "3"
+
+
 def test_seal_says_what_is_no_run(tmp_path):
     result = invoke("seal", tmp_path)
     assert isinstance(result.exception, BadRun)
