@@ -12,6 +12,7 @@ from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import zstandard
 
 from episodes import checkpoint, journal
@@ -283,9 +284,17 @@ class Store:
     def roll(self) -> None:
         """Write the index tables and the checkpoint anew, from what the journal has gained since they were written."""
         before = Index.of(self.layout)
+        try:
+            self._write_index(before)
+        except (OSError, pa.ArrowException):
+            if before is None:
+                raise
+            self._write_index(None)  # a page of the one before may be damaged
+        self._checkpoint()
+
+    def _write_index(self, before: Index | None) -> None:
         news = journal.sound(self.layout.journal, before.journal_bytes if before else 0)
         write_index(Roll(self.history, self.layout, news, before), self.layout, self._journal.n_bytes)
-        self._checkpoint()
 
     def _checkpoint_if_due(self) -> None:
         """Write the checkpoint anew if the journal has grown by much; all of them together stay small beside it."""

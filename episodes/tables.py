@@ -248,18 +248,16 @@ class Index:
             about = calls.schema_arrow.metadata or {}
             n_bytes = int(about[JOURNAL_BYTES])
             end = b"%d" % journal.end(layout.journal, n_bytes)
+            if n_bytes > layout.journal.stat().st_size:
+                return None
+            for schema, wanted in ((calls.schema_arrow, CALLS), (episodes.schema, EPISODES)):
+                said = schema.metadata or {}
+                found = said.get(JOURNAL_BYTES), said.get(JOURNAL_CRC32)
+                if not schema.equals(wanted) or found != (b"%d" % n_bytes, end):
+                    return None
+            return cls(calls, episodes, n_bytes)
         except (OSError, KeyError, ValueError, pa.ArrowException):
             return None
-        if n_bytes > layout.journal.stat().st_size:
-            return None
-        for schema, wanted in ((calls.schema_arrow, CALLS), (episodes.schema, EPISODES)):
-            said = schema.metadata or {}
-            if not schema.equals(wanted) or (said.get(JOURNAL_BYTES), said.get(JOURNAL_CRC32)) != (
-                b"%d" % n_bytes,
-                end,
-            ):
-                return None
-        return cls(calls, episodes, n_bytes)
 
     def table(self) -> pa.Table:
         """All of CALLS."""

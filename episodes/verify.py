@@ -22,8 +22,9 @@ from episodes.rows import Owner, Rows
 from episodes.run import Run, open_run
 from episodes.shards import live_blocks
 from episodes.store import being_written
-from episodes.tables import CALLS, Roll
+from episodes.tables import CALLS, Index, Roll
 
+INDEX = "calls.parquet, episodes.parquet"
 # How often to look once more at what seems wrong while a proxy writes.
 AGAIN = 3
 
@@ -40,6 +41,9 @@ def problems(run: Run) -> Iterator[str]:
         yield from _call_problems(run, call)
     yield from _index_problems(run)
     if not writing:  # else what no record accounts for yet is its business
+        layout = run.layout
+        if layout.calls.exists() and layout.episodes.exists() and Index.of(layout) is None:
+            yield f"{INDEX}: they cannot be read, or are of another journal; `tautap seal` writes them anew"
         yield from _checkpoint_problems(run)
         left = unrecorded(run.history, left_begun(run.layout.begun))
         for call in left:
@@ -77,7 +81,7 @@ def _index_problems(run: Run) -> Iterator[str]:
             if not table.equals(wanted):
                 yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
     except (OSError, pa.ArrowException) as error:
-        yield f"{run.layout.calls.name}, {run.layout.episodes.name}: {error}; `tautap seal` writes them anew"
+        yield f"{INDEX}: {error}; `tautap seal` writes them anew"
 
 
 def _checkpoint_problems(run: Run) -> Iterator[str]:

@@ -4,15 +4,17 @@ import shutil
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from episodes import journal
 from episodes.cast import Group
 from episodes.records import Call, Link
 from episodes.run import open_run
-from episodes.tables import Index
+from episodes.store import Store
+from episodes.tables import CALLS, Index
 from episodes.verify import problems
-from tests.episodes.test_store import POINTS, Writer, expected, flip
+from tests.episodes.test_store import POINTS, Writer, expected, flip, talk
 
 THREADS = ("t-x", "t-y", "t-z", "t-q")
 
@@ -116,6 +118,42 @@ def test_an_index_of_another_journal_is_not_used(tmp_path):
     assert Index.of(layout) is None
     layout.journal.write_bytes(lines[:-2])
     assert Index.of(layout) is None and open_run(layout.root).names == []
+
+
+@pytest.mark.parametrize("column", CALLS.names)
+def test_a_damaged_index_is_told_and_written_anew(tmp_path, column):
+    """In whatever column it is; a reader that needs the column to find a call goes by the journal."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    for episode in "ef":
+        writer.store.seal(episode)
+    writer.store.roll()
+    writer.close()
+    path = writer.layout.calls
+    with pq.ParquetFile(path) as file:
+        columns = [file.metadata.row_group(0).column(i) for i in range(file.metadata.num_columns)]
+    chunk = next(chunk for chunk in columns if chunk.path_in_schema.partition(".")[0] == column)
+    flip(path, (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2)
+    run = open_run(writer.layout.root)
+    assert run.names == ["e", "f"] and run.episodes["n_rows"].to_pylist() == [8, 1]
+    assert any("`tautap seal` writes them anew" in problem for problem in problems(run))
+    store = Store(writer.layout)
+    store.roll()
+    store.close()
+    assert list(problems(open_run(writer.layout.root))) == [] and Index.of(writer.layout) is not None
+
+
+@pytest.mark.parametrize("harm", [lambda path: flip(path, path.stat().st_size - 3), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("table", ["calls", "episodes"])
+def test_an_index_that_cannot_be_read_at_all_is_told(tmp_path, table, harm):
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.roll()
+    assert list(problems(open_run(writer.layout.root))) == []
+    writer.close()
+    harm(getattr(writer.layout, table))
+    (problem,) = problems(open_run(writer.layout.root))
+    assert "calls.parquet, episodes.parquet: they cannot be read" in problem
 
 
 def test_a_line_that_was_damaged_since_is_left_out_of_the_index_as_of_the_run(tmp_path):
