@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from episodes import checkpoint, journal, records
-from episodes.errors import BadName, BadRun, MissingRows, UnknownPoint
+from episodes.errors import BadInput, BadName, BadRun, MissingRows, UnknownPoint
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.rows import Owner, Span
@@ -185,16 +185,26 @@ class Call:
         return self._sequence(choice).tokens[self.positions(choice)]
 
     def _sequence(self, choice: int) -> Sequence:
-        return next(s for s in self.record.sequences if s.choice == choice)
+        """What the engine was given and sampled; MissingRows if nothing is known of it, BadInput if there is no such
+        choice.
+        """
+        record, found = self.record, {s.choice: s for s in self.record.sequences}
+        if not found:
+            raise MissingRows(f"call {record.id}: no activations: {record.lost or record.error or 'not asked for'}")
+        if choice not in found:
+            raise BadInput(f"call {record.id} has no choice {choice}: it has {', '.join(map(str, found))}")
+        return found[choice]
 
     def activations(self, point: str, choice: int = 0) -> NDArray[Any]:
         """[positions, hidden] in the engine's dtype, the spans stitched together: a row for each of `positions`.
 
-        UnknownPoint for a point that this call did not record; MissingRows if positions have no row.
+        UnknownPoint for a point that this call did not record; MissingRows if positions have no row; BadInput for a
+        choice that it does not have.
         """
         if point not in self.record.points:
             lost = f": {self.record.lost}" if self.record.lost else ""
             raise UnknownPoint(f"{point}: call {self.record.id} recorded {self.record.points or 'no points'}{lost}")
+        self._sequence(choice)
         spans = self.spans(choice)
         holes = [f"{span.start} to {span.stop}" for span in spans if span.owner is None]
         if holes:

@@ -14,7 +14,17 @@ import pytest
 from click.testing import CliRunner
 
 from episodes.commands import COMMANDS
-from episodes.errors import BadName, BadRun, CorruptFile, MissingRows, RunLocked, UnknownPoint, WrongFormat, WrongModel
+from episodes.errors import (
+    BadInput,
+    BadName,
+    BadRun,
+    CorruptFile,
+    MissingRows,
+    RunLocked,
+    UnknownPoint,
+    WrongFormat,
+    WrongModel,
+)
 from episodes.journal import encode, read
 from episodes.layout import Layout, check_name
 from episodes.records import Call, Model
@@ -232,6 +242,22 @@ def test_missing_rows_are_said_to_be_missing(tmp_path):
     assert [p for p in problems(run) if "no rows for positions 0 to 2" in p]
     row = pq.read_table(run.layout.calls).to_pylist()[0]
     assert row["n_missing"] == 2 and row["spans"][0]["call"] is None
+
+
+def test_a_call_without_token_ids_has_no_activations_and_says_why(tmp_path):
+    """Not an empty array: one whose capture was lost, one that failed, and a choice that no call has."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.commit(msgspec.structs.replace(writer.call("lost"), lost="the worker died"))
+    writer.store.commit(msgspec.structs.replace(writer.call("failed"), status=502, error="no reply"))
+    run = writer.close()
+    asks = [lambda call: call.positions(), lambda call: call.token_ids(), lambda call: call.activations(POINTS[0])]
+    for name, why in {"lost": "the worker died", "failed": "no reply"}.items():
+        for ask in asks:
+            with pytest.raises(MissingRows, match=f"call {name}: no activations: {why}"):
+                ask(run.call(name))
+    with pytest.raises(BadInput, match="call c1 has no choice 7: it has 0"):
+        run.call("c1").activations(POINTS[0], choice=7)
 
 
 def test_nonfinite_elements_are_counted(tmp_path):
