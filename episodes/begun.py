@@ -29,12 +29,13 @@ class Begun:
         self._lock = threading.Lock()
         self._open = {call.id: journal.encode(call) for call in self.left}
         self._file = journal.Journal(path)
+        self._limit_bytes = LIMIT_BYTES
 
     def add(self, calls: Iterable[Call]) -> None:
         """Note calls. They outlive this process when this returns, and the machine's power after the next `sync`."""
         lines = {call.id: journal.encode(call) for call in calls}
         with self._lock:
-            if self._file.n_bytes > LIMIT_BYTES:
+            if self._file.n_bytes > self._limit_bytes:
                 self._shrink()
             self._file.write(b"".join(lines.values()))
             self._open |= lines
@@ -62,6 +63,7 @@ class Begun:
             draft.write_bytes(b"".join(self._open.values()))
         self._file.close()
         self._file = journal.Journal(self._path)
+        self._limit_bytes = max(LIMIT_BYTES, 2 * self._file.n_bytes)
 
     def close(self) -> None:
         self._file.close()

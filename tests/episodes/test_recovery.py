@@ -12,7 +12,7 @@ import pytest
 from episodes.begun import Begun, left_begun
 from episodes.cast import Group
 from episodes.errors import BadRun, RunLocked
-from episodes.layout import Layout
+from episodes.layout import Layout, whole
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT
@@ -265,6 +265,21 @@ def test_begun_calls_do_not_pile_up_while_others_go_on(tmp_path, monkeypatch):
     begun.close()
     left = [call.id for call in left_begun(path)]
     assert left[0] == "stays" and left[-1] == "c199"
+
+
+def test_many_calls_at_once_do_not_make_the_file_of_begun_ones_anew_each_time(tmp_path, monkeypatch):
+    """However many are open and however long: it is made anew when it has doubled since."""
+    monkeypatch.setattr("episodes.begun.LIMIT_BYTES", 10_000)
+    made = []
+    monkeypatch.setattr("episodes.begun.whole", lambda path: made.append(path) or whole(path))
+    begun = Begun(tmp_path / "begun.jsonl")
+    for i in range(600):
+        begun.add([Writer.call(f"c{i}")])
+        if i >= 100:
+            begun.done(f"c{i - 100}")
+    begun.close()
+    assert 2 <= len(made) <= 7
+    assert [call.id for call in left_begun(tmp_path / "begun.jsonl")][-100:] == [f"c{i}" for i in range(500, 600)]
 
 
 def test_a_torn_line_of_a_begun_call_does_not_hide_the_next(tmp_path):
