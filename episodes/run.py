@@ -12,7 +12,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from episodes import checkpoint, journal, records
-from episodes.errors import BadInput, BadName, BadRun, MissingRows, UnknownPoint
+from episodes.errors import BadInput, BadName, BadRun, CorruptFile, MissingRows, UnknownPoint
 from episodes.history import History
 from episodes.layout import Layout
 from episodes.rows import Owner, Span
@@ -153,10 +153,18 @@ class Run:
         call = self._calls[owner.call]
         try:
             file = CallFile(self.layout.live_file(call.thread, owner.call))
+            bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
         except FileNotFoundError:  # sealed, by now if not when the run was opened
-            self._shard(call.episode).read(owner, start, stop, point, into)
-            return
-        bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
+            self._read_sealed(owner, start, stop, point, into)
+
+    def _read_sealed(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
+        try:
+            self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
+        except (FileNotFoundError, CorruptFile):  # sealed since the run was opened, with another episode or once more
+            self._shard.cache_clear()
+            now = Run(self.layout)._calls
+            self._calls = {call: now.get(call, entry) for call, entry in self._calls.items()}
+            self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
 
 
 class Call:

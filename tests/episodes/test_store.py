@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
+from episodes.cast import Group
 from episodes.commands import COMMANDS
 from episodes.errors import (
     BadInput,
@@ -514,6 +515,27 @@ def test_a_run_that_is_sealed_while_it_is_verified_is_not_called_damaged(tmp_pat
     assert list(problems(before)) == []
     writer.layout.shard("e").unlink()
     assert [problem for problem in problems(damaged) if "shards/e.parquet" in problem]
+    writer.close()
+
+
+def test_a_reader_finds_rows_that_have_moved_since_it_opened_the_run(tmp_path):
+    """Into the shard of another episode, or into a shard that the reader has open and that is written anew."""
+    writer = Writer(tmp_path)
+    writer.call = lambda *about: msgspec.structs.replace(Writer.call(*about), thread=about[1])
+    writer.commit("c1", [1, 2, 3], [4])
+    writer.store.seal("e")
+    writer.commit("c2", [1, 2, 3, 4], [5], computed=3, turn=1)
+    writer.commit("c3", [9, 9], [9], episode="f")
+    opened = {"c2": open_run(writer.layout.root), "c3": open_run(writer.layout.root)}
+    for run in opened.values():
+        assert np.array_equal(run.call("c1").activations(POINTS[0]), expected([1, 2, 3], POINTS[0]))
+    writer.store.pair(Group("e", ["f"], ["f"], None, None, []), None)
+    writer.store.seal("e")
+    for name, tokens in {"c2": [1, 2, 3, 4], "c3": [9, 9]}.items():
+        assert np.array_equal(opened[name].call(name).activations(POINTS[0]), expected(tokens, POINTS[0]))
+    writer.layout.shard("e").unlink()
+    with pytest.raises(FileNotFoundError):
+        open_run(writer.layout.root).call("c3").activations(POINTS[0])
     writer.close()
 
 
