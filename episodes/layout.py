@@ -101,7 +101,7 @@ class Layout:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A draft's path to write to; when the block ends well the draft is synced and becomes `path`, else it goes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     draft = path.with_name(f".{path.name}.draft")
     try:
         yield draft
@@ -112,13 +112,18 @@ def whole(path: Path) -> Iterator[Path]:
 
 def publish(draft: Path, path: Path) -> None:
     """Give a finished draft its name, durably. The draft may lie in another directory of the same file system."""
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sync_directory(path.parent.parent)
+    _make(path.parent)
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
     draft.rename(path)
     sync_directory(path.parent)
+
+
+def _make(directory: Path) -> None:
+    """Make a directory, durably, if it is not there."""
+    if not directory.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        sync_directory(directory.parent)
 
 
 def crc32(path: Path) -> int:

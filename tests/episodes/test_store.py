@@ -27,7 +27,7 @@ from episodes.errors import (
     WrongModel,
 )
 from episodes.journal import encode, read
-from episodes.layout import Layout, check_name
+from episodes.layout import Layout, check_name, whole
 from episodes.records import Call, Model
 from episodes.run import open_run
 from episodes.shards import count_nonfinite
@@ -360,6 +360,15 @@ def test_a_writer_lets_go_of_what_is_sealed_and_still_knows_every_row(tmp_path):
 
 
 # ---- what cannot be
+
+
+def test_a_new_directory_is_on_disk_before_its_file_is(tmp_path, monkeypatch):
+    """Else a shard could be lost with its directory after the live files of its rows are gone."""
+    synced = []
+    monkeypatch.setattr("episodes.layout.sync_directory", synced.append)
+    with whole(tmp_path / "shards" / "e.parquet") as draft:
+        draft.write_bytes(b"")
+    assert synced == [tmp_path, tmp_path / "shards"]
 
 
 def test_a_run_has_one_writer(tmp_path):
