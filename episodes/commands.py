@@ -13,7 +13,7 @@ from rich.table import Table
 
 from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
-from episodes.messages import JSON, parse_object, reply_messages
+from episodes.messages import JSON, objects, parse_object, reply_messages
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT, Links, find_links, read_results, read_tasks
@@ -33,7 +33,11 @@ def runs(data: Path) -> None:
     for path in sorted(data.iterdir()) if data.is_dir() else []:
         if not (path / "run.json").exists():
             continue
-        run = open_run(path)
+        try:
+            run = open_run(path)
+        except BadRun as error:
+            click.echo(error, err=True)
+            continue
         recorded = run.about.recorded
         table.add_row(
             path.name,
@@ -109,7 +113,7 @@ def _request_messages(call: Call) -> list[JSON]:
     fields = parse_object(call.record.request.encode()) or {}
     if "prompt" in fields:
         return [{"role": "prompt", "content": fields["prompt"]}]
-    return [m for m in fields.get("messages") or [] if isinstance(m, dict)]
+    return objects(fields.get("messages"))
 
 
 def _show_call(out: Console, call: Call, already: int) -> None:
@@ -123,7 +127,7 @@ def _show_call(out: Console, call: Call, already: int) -> None:
     reply = parse_object(record.reply.encode()) or {}
     for message in reply_messages(reply):
         _say(out, "assistant", message)
-    for choice in reply.get("choices") or []:
+    for choice in objects(reply.get("choices")):
         if "text" in choice:
             _say(out, "completion", {"content": choice["text"]})
     if record.status != 200:
@@ -146,8 +150,7 @@ def _say(out: Console, role: str, message: JSON) -> None:
     text = content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
     out.print(f"[bold]{role}[/bold]", end=" ")
     out.print(text, markup=False)
-    for call in message.get("tool_calls") or []:
-        function = call.get("function") or {}
+    for function in objects([call.get("function") for call in objects(message.get("tool_calls"))]):
         out.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow", markup=False)
 
 

@@ -92,18 +92,18 @@ def media(fields: JSON) -> list[str]:
 
 def reply_messages(reply: JSON) -> list[JSON]:
     """The assistant message of every choice of a chat reply."""
-    return [choice["message"] for choice in _choices(reply) if isinstance(choice.get("message"), dict)]
+    return [choice["message"] for choice in objects(reply.get("choices")) if isinstance(choice.get("message"), dict)]
 
 
 def finish_reason(reply: JSON) -> str | None:
     """Why the first choice ended."""
-    reason = next((choice.get("finish_reason") for choice in _choices(reply)), None)
+    reason = next((choice.get("finish_reason") for choice in objects(reply.get("choices"))), None)
     return reason if isinstance(reason, str) else None
 
 
-def _choices(reply: JSON) -> list[JSON]:
-    found = reply.get("choices")
-    return [choice for choice in found if isinstance(choice, dict)] if isinstance(found, list) else []
+def objects(found: Any) -> list[JSON]:
+    """The objects of what should be a list of them; none if it is no list."""
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 
 
 def canonical(message: JSON) -> tuple[str, str, bytes]:

@@ -34,13 +34,13 @@ NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
 def read_run(layout: Layout) -> Run:
-    """`run.json`; WrongFormat names the version of a run that this release does not read."""
-    fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
-    if fields.get("format") != FORMAT:
-        raise WrongFormat(f"{layout.root} has format {fields.get('format')!r}: this release reads format {FORMAT}")
+    """`run.json`; CorruptFile if it is none, WrongFormat names the version of a run that this release does not read."""
     try:
+        fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
+        if fields.get("format") != FORMAT:
+            raise WrongFormat(f"{layout.root} has format {fields.get('format')!r}: this release reads format {FORMAT}")
         return msgspec.convert(fields, Run)
-    except msgspec.ValidationError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{layout.run}: {error}") from None
 
 

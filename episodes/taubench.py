@@ -182,7 +182,8 @@ class Result(msgspec.Struct, frozen=True, eq=False):
     def instruction(self) -> str | None:
         """The task's; None for an attempt that ended in an exception, of which little is kept."""
         task = self.info.get("task")
-        return task.get("instruction") if isinstance(task, dict) else None
+        found = task.get("instruction") if isinstance(task, dict) else None
+        return found if isinstance(found, str) else None
 
 
 def read_results(path: Path) -> list[Result]:

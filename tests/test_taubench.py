@@ -329,6 +329,13 @@ def test_what_fits_nothing_is_listed(tmp_path):
     assert ([r.task_id for r in found.results], found.episodes) == ([5], ["t-c1"])
 
 
+def test_an_instruction_that_is_no_text_is_none(tmp_path):
+    """Of an attempt that failed, which is found by its instruction."""
+    run = recorded(tmp_path, ("Hi", "a"))
+    failed = Result(0, 0.0, {"task": {"instruction": ["x"]}, "error": "e"}, [], 0, "a.json")
+    assert find_links(run.history, [result("Hi", "a", 1), failed]).results == [failed]
+
+
 def test_results_of_another_run_are_refused(tmp_path):
     run = recorded(tmp_path, ("Hi", "a"))
     path = tmp_path / "other.json"

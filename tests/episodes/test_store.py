@@ -604,6 +604,36 @@ def test_an_episode_that_cannot_be_sealed_does_not_keep_the_others_from_it(tmp_p
     assert "1 results joined" in done.output and episodes["f"]["task_id"] == "3"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"messages": 5}',
+        '{"messages": ["a", {"role": "user", "tool_calls": ["a", {"function": "f"}]}, {"tool_calls": 7}]}',
+        '{"choices": 7}',
+        '{"choices": ["a", {"text": 5}, {"message": "m"}]}',
+        "[]",
+    ],
+)
+def test_what_a_client_sent_is_shown_whatever_it_is(tmp_path, said):
+    writer = Writer(tmp_path)
+    writer.store.commit(msgspec.structs.replace(writer.call("c1"), request=said, reply=said))
+    writer.close()
+    shown = invoke("show", writer.layout.root)
+    assert shown.exit_code == 0 and "turn 0, c1" in shown.output
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b'{"format": "\xff"}', b'{"format": 1}', b"[" * 9999])
+def test_a_run_whose_description_is_damaged_does_not_hide_the_others(tmp_path, text):
+    for name in "ab":
+        Writer(tmp_path).close()
+        writer = (tmp_path / "run").rename(tmp_path / name)
+    (writer / "run.json").write_bytes(text)
+    with pytest.raises(CorruptFile, match=r"run\.json: "):
+        open_run(writer)
+    listed = invoke("runs", tmp_path)
+    assert "m      layers.1.output" in listed.output and f"{writer}/run.json: " in listed.output
+
+
 def test_seal_says_what_is_no_run(tmp_path):
     result = invoke("seal", tmp_path)
     assert isinstance(result.exception, BadRun)
