@@ -14,6 +14,7 @@ from rich.table import Table
 from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
 from episodes.messages import JSON, objects, parse_object, reply_messages
+from episodes.outline import Outline
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT, Links, find_links, read_results, read_tasks
@@ -210,7 +211,7 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
             store.seal_all(DIALECT)
         except BadRun as error:  # its episodes are joined all the same
             failed = error
-        found = find_links(open_run(run).history, entries, env, split, tasks)
+        found = find_links(Outline(layout), entries, env, split, tasks)
         if entries and not found.links:
             names = ", ".join(path.name for path in results)
             raise BadInput(
@@ -264,7 +265,7 @@ def verify(context: click.Context, run: Path) -> None:
     found = list(problems(opened))
     for problem in found:
         click.echo(problem)
-    history = opened.history
+    history = opened.outline
     click.echo(
         f"{len(history.episodes)} episodes, {len(history.calls)} calls, "
         f"{sum(call.n_kept for call in history.calls.values()):,} rows: "

@@ -84,6 +84,10 @@ class History:
             counts["calls"] += 1
             counts["tokens"] += call.n_prompt + call.n_completion
 
+    def whole(self, call: Call) -> Call:
+        """One of `calls` with all that was said, of which an `Outline` keeps nothing."""
+        return call
+
     def at_home(self, call: Call) -> Call:
         """The call in the episode where its thread belongs by now."""
         home = self.home(call.thread, call.episode)

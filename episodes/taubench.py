@@ -250,19 +250,19 @@ class Attempt:
 
 def attempts(history: History) -> list[Attempt]:
     """The run's episodes in the order in which they began."""
-    found = [_attempt(e) for e in history.episodes.values() if e.calls and e.id != WARMUPS]
+    found = [_attempt(history, e) for e in history.episodes.values() if e.calls and e.id != WARMUPS]
     return sorted(found, key=lambda attempt: attempt.started)
 
 
-def _attempt(episode: Episode) -> Attempt:
+def _attempt(history: History, episode: Episode) -> Attempt:
     attempt = Attempt(episode, min(call.started for call in episode.calls))
     for call in _last_turn(episode, "user"):
-        messages, replies = _exchange(call)
+        messages, replies = _exchange(history.whole(call))
         said = (DIALECT.says(DIALECT.part(messages), reply) for reply in replies)
         attempt.endings |= {text for text in said if text is not None}
         attempt.instruction = instruction(messages) if messages else None
     for call in _last_turn(episode, "agent"):
-        messages, replies = _exchange(call)
+        messages, replies = _exchange(history.whole(call))
         attempt.ends |= {list(prefix_digests([*messages, reply]))[-1] for reply in replies}
         attempt.env = _env(messages)
     return attempt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -32,35 +31,34 @@ AGAIN = 3
 def problems(run: Run) -> Iterator[str]:
     """What is wrong with a run, in words; nothing if it is whole."""
     writing = being_written(run.layout)
-    for line in run.broken:
+    for line in run.outline.broken:
         if not (writing and line.reason == CUT_SHORT):  # only the last one can be, and it is being written
             yield f"journal.jsonl, line {line.line}: {line.reason}"
     yield from _journal_problems(run)
     yield from _episodes_problems(run, again=AGAIN if writing else 0)
-    for call in run.history.calls.values():
-        yield from _call_problems(run, call)
+    for call in run.outline.calls.values():
+        yield from _call_problems(run, run.outline.whole(call))
     yield from _index_problems(run)
     if not writing:  # else what no record accounts for yet is its business
         layout = run.layout
         if layout.calls.exists() and layout.episodes.exists() and Index.of(layout) is None:
             yield f"{INDEX}: they cannot be read, or are of another journal; `tautap seal` writes them anew"
         yield from _checkpoint_problems(run)
-        left = unrecorded(run.history, left_begun(run.layout.begun))
+        left = unrecorded(run.outline, left_begun(run.layout.begun))
         for call in left:
             yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
-        for path, reason, _ in strays(run.layout, run.history, left):
+        for path, reason, _ in strays(run.layout, run.outline, left):
             yield f"{path.relative_to(run.layout.root)}: {reason}"
 
 
 def _journal_problems(run: Run) -> Iterator[str]:
     """Records that contradict others."""
-    times = Counter(record.id for _, record in run.lines if isinstance(record, Call))
-    for call, n in times.items():
-        if n > 1:
-            yield f"call {call}: in the journal {n} times"
-    for episode in run.history.episodes.values():
+    for call, places in run.outline.places.items():
+        if len(places) > 1:
+            yield f"call {call}: in the journal {len(places)} times"
+    for episode in run.outline.episodes.values():
         for call in episode.sealed.calls if episode.sealed else ():
-            if call not in times:
+            if call not in run.outline.places:
                 yield f"episode {episode.id}: sealed with call {call}, which the journal lacks"
 
 
@@ -72,16 +70,24 @@ def _index_problems(run: Run) -> Iterator[str]:
         found = run.index
         if found is None or found.journal_bytes < run.layout.journal.stat().st_size:
             return
-        roll = Roll(run.history, run.layout, run.lines)
-        calls, episodes = pa.concat_tables([CALLS.empty_table(), *roll.calls()]), roll.episodes()
-        for path, table, wanted in (
-            (run.layout.calls, found.table(), calls),
-            (run.layout.episodes, found.episodes, episodes),
-        ):
-            if not table.equals(wanted):
-                yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
+        roll = Roll(run.outline, run.layout, run.outline.lines())
+        same = {run.layout.calls: _same_rows((group() for _, group in found.groups()), roll.calls())}
+        same[run.layout.episodes] = found.episodes.equals(roll.episodes())
+        for path in (path for path, so in same.items() if not so):
+            yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
     except (OSError, pa.ArrowException) as error:
         yield f"{INDEX}: {error}; `tautap seal` writes them anew"
+
+
+def _same_rows(found: Iterator[pa.Table], wanted: Iterator[pa.Table]) -> bool:
+    """Whether tables of CALLS have the same rows, however they are cut; passes through all that are wanted."""
+    same, rest = True, CALLS.empty_table()
+    for table in wanted:
+        while len(rest) < len(table) and (more := next(found, None)) is not None:
+            rest = pa.concat_tables([rest, more])
+        same = same and rest.slice(0, len(table)).equals(table)
+        rest = rest.slice(len(table))
+    return same and len(rest) == 0 and next(found, None) is None
 
 
 def _checkpoint_problems(run: Run) -> Iterator[str]:
@@ -90,7 +96,7 @@ def _checkpoint_problems(run: Run) -> Iterator[str]:
     if path.exists() and checkpoint.read(run.layout) is None:
         yield f"{path.name}: it cannot be read, or is of another journal; `tautap seal` writes it anew"
         return
-    found, wanted = checkpoint.state(run.layout).history, run.history
+    found, wanted = checkpoint.state(run.layout).history, run.outline
     same = found.counts == wanted.counts and all(
         found.home(c.thread, c.episode) == c.episode for c in wanted.calls.values()
     )
@@ -104,7 +110,7 @@ def _tree(rows: Rows) -> list[tuple[int, Owner | None, bytes]]:
 
 
 def _call_problems(run: Run, call: Call) -> Iterator[str]:
-    spans = run.history.spans(call)
+    spans = run.outline.spans(call)
     for kept in call.kept:
         owners = {s.owner for s in spans.get(kept.choice, []) if s.start < kept.stop and kept.start < s.stop}
         if owners != {Owner(call.id, kept.choice)}:
@@ -128,7 +134,7 @@ def _episodes_problems(run: Run, again: int, calls: Collection[str] | None = Non
     again: how often to look once more at what seems wrong, as it is by then: a proxy may have sealed it meanwhile
     """
     doubtful: set[str] = set()
-    for episode in run.history.episodes.values():
+    for episode in run.outline.episodes.values():
         own = {call.id for call in episode.calls}
         if calls is None or not own.isdisjoint(calls):
             found = list(_episode_problems(run, episode))
@@ -155,6 +161,7 @@ def _episode_problems(run: Run, episode: Episode) -> Iterator[str]:
     for call in episode.calls:
         if not call.kept:
             continue
+        call = run.outline.whole(call)
         if call.id not in held:
             try:
                 path = run.layout.live_file(call.thread, call.id)

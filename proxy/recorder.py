@@ -28,8 +28,8 @@ from episodes.cast import Cast, Group, Part
 from episodes.errors import CaptureLost, CorruptFile, NotStored, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
+from episodes.outline import Outline
 from episodes.records import Call
-from episodes.run import open_run
 from episodes.store import Store
 from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
@@ -455,8 +455,8 @@ class Recording:
 
         tasks: task id → instruction, as far as they are known
         """
-        run = await asyncio.to_thread(open_run, self._store.layout.root)
-        found = await asyncio.to_thread(find_links, run.history, results, env, split, tasks)
+        outline = await asyncio.to_thread(Outline, self._store.layout)
+        found = await asyncio.to_thread(find_links, outline, results, env, split, tasks)
         n_new = await self._on_disk(self._store.link, found.links)
         await self._on_disk(self._store.roll)
         return found, n_new

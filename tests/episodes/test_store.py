@@ -303,7 +303,7 @@ def test_a_run_is_read_by_its_index_where_that_stands_for_the_whole_journal(tmp_
     for name, tokens in {"c2": [1, 2, 3, 4, 5, 6, 7, 8], "c3": [1, 2, 9], "c4": [1, 2, 3, 9, 8]}.items():
         assert np.array_equal(run.call(name).activations(POINTS[1]), expected(tokens, POINTS[1]))
     assert run.episodes.equals(whole.episodes) and run.calls.equals(whole.calls) and run.names == ["e", "f"]
-    assert not vars(run).keys() & {"history", "_lines"}
+    assert not vars(run).keys() & {"history", "outline"}
     with pytest.raises(BadName, match="no call"):
         run.call("c9")
     writer = Writer(tmp_path)
@@ -465,6 +465,11 @@ def other_index(layout):
     pq.write_table(table.set_column(0, "call", pa.array(["c1", "c2", "c0"])), layout.calls)
 
 
+def shorter_index(layout):
+    """An index that stands for the whole journal and lacks its last call."""
+    pq.write_table(pq.read_table(layout.calls)[:2], layout.calls)
+
+
 def flip(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 0x40
@@ -487,7 +492,8 @@ def flip(path: Path, at: int) -> None:
         (lambda lo: again(lo, 3, calls=["c0"]), True, "episode e: sealed with call c0, which the journal lacks"),
         (lambda lo: again(lo, 2, id="c0", kept=[], foreign=True), True, "foreign/c0.json.zst"),
         (lambda lo: flip(lo.calls, 2000), True, "calls.parquet"),
-        (lambda lo: other_index(lo), True, "calls.parquet: not what the journal says"),
+        (other_index, True, "calls.parquet: not what the journal says"),
+        (shorter_index, True, "calls.parquet: not what the journal says"),
         (lambda lo: lo.begun.write_bytes(encode(Writer.call("c9"))), True, "call c9: its proxy was stopped before"),
     ],
 )
@@ -517,7 +523,7 @@ def test_a_run_that_is_sealed_while_it_is_verified_is_not_called_damaged(tmp_pat
     writer = Writer(tmp_path)
     talk(writer)
     before, damaged = open_run(writer.layout.root), open_run(writer.layout.root)
-    assert before.history.unsealed() and damaged.history.unsealed()
+    assert before.outline.unsealed() and damaged.outline.unsealed()
     for episode in list(writer.store.history.episodes):
         writer.store.seal(episode)
     writer.store.roll()

@@ -65,7 +65,7 @@ def check_same(layout, whole):
         calls, others = found.episode(name), wanted.episode(name)
         assert [c.record for c in calls] == [c.record for c in others] != []
         assert [found.spans(c.record) for c in calls] == [wanted.history.spans(c.record) for c in others]
-    assert not vars(found).keys() & {"history", "_lines"}
+    assert not vars(found).keys() & {"history", "outline"}
     return found
 
 
