@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Run:
         # As it was when the run was opened; None if it cannot be used with the journal of then.
         self.index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
-        self._tail: list[tuple[int, records.Record]] = []
+        self._tail: Callable[[], Iterator[tuple[int, records.Record]]] = lambda: iter(())
         self._now: History | None = None
         self._calls = self.index.calls if self.index else {}
         if self.index is None or self.index.journal_bytes < layout.journal.stat().st_size:
@@ -57,18 +58,16 @@ class Run:
     def _read_tail(self) -> None:
         now = checkpoint.state(self.layout) if self.index else None
         if self.index and now and now.read_from:
-            self._tail = list(journal.sound(self.layout.journal, self.index.journal_bytes, now.read_to))
+            self._tail = partial(journal.sound, self.layout.journal, self.index.journal_bytes, now.read_to)
             self._now = now.history
+            news = ((place, call) for place, call in self._tail() if isinstance(call, records.Call))
         else:
             self.index, self._calls = None, {}
-            self._tail = list(journal.sound(self.layout.journal))
-            self._now = History(record for _, record in self._tail)
-        news = {
-            call.id: Entry(0, call.episode, call.thread, call.role, place)
-            for place, call in self._tail
-            if isinstance(call, records.Call)
-        }
-        self._calls = {call: self._at_home(entry, self._now) for call, entry in (self._calls | news).items()}
+            self._now = outline = Outline(self.layout)
+            self._tail = outline.lines
+            news = ((outline.places[call.id][-1], call) for call in outline.calls.values())
+        entries = {call.id: Entry(0, call.episode, call.thread, call.role, place) for place, call in news}
+        self._calls = {call: self._at_home(entry, self._now) for call, entry in (self._calls | entries).items()}
 
     @staticmethod
     def _at_home(entry: Entry, now: History) -> Entry:
@@ -109,7 +108,7 @@ class Run:
 
     def _roll(self) -> Roll:
         assert self._now is not None
-        return Roll(self._now, self.layout, self._tail, self.index)
+        return Roll(self._now, self.layout, self._tail(), self.index)
 
     @property
     def names(self) -> list[str]:

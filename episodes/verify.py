@@ -93,7 +93,9 @@ def _same_rows(found: Iterator[pa.Table], wanted: Iterator[pa.Table]) -> bool:
 def _checkpoint_problems(run: Run) -> Iterator[str]:
     """Whether what a writer would start from is what the journal says."""
     path = run.layout.rows
-    if path.exists() and checkpoint.read(run.layout) is None:
+    if not path.exists():
+        return
+    if checkpoint.read(run.layout) is None:
         yield f"{path.name}: it cannot be read, or is of another journal; `tautap seal` writes it anew"
         return
     found, wanted = checkpoint.state(run.layout).history, run.outline

@@ -44,12 +44,12 @@ def test_an_outline_is_of_the_journal_as_it_was(tmp_path):
     writer.close()
 
 
-def test_neither_verify_nor_link_reads_all_that_was_said_into_memory(tmp_path, monkeypatch):
+def test_neither_opening_a_run_nor_verify_nor_link_reads_all_that_was_said_into_memory(tmp_path, monkeypatch):
     writer = Writer(tmp_path)
     talk(writer)
     writer.store.commit(msgspec.structs.replace(writer.call("c4", "g"), points=[]))
-    run = writer.close()
     monkeypatch.setattr("episodes.run.History", None)
+    run = writer.close()
     assert list(problems(run)) == []
     results = tmp_path / "results.json"
     said = [{"role": role, "content": text} for role, text in (("user", "say 0"), ("assistant", "ok"), ("user", "bye"))]
