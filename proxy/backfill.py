@@ -97,8 +97,10 @@ async def backfill(layout: Layout, config: Config) -> Filled:
         try:
             await asyncio.to_thread(store.describe, model)
             done = await Backfill(store, workers, asyncio.to_thread).fill(store.calls())
-            await asyncio.to_thread(store.seal_all, DIALECT)
-            await asyncio.to_thread(store.roll)
+            try:
+                await asyncio.to_thread(store.seal_all, DIALECT)
+            finally:  # of what could be sealed
+                await asyncio.to_thread(store.roll)
         finally:
             store.close()
     return done
