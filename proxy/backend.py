@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from pathlib import Path
 
 import aiohttp
@@ -25,6 +24,9 @@ CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
 METRICS_S = 2.0
 HEALTH_S = 10.0
+# For what a worker that is well answers at once, and for what it may think about.
+SOON = aiohttp.ClientTimeout(total=HEALTH_S)
+CLAIM = aiohttp.ClientTimeout(sock_connect=HEALTH_S, sock_read=CLAIM_WAIT_S + HEALTH_S)
 CHUNK = 1 << 20
 
 
@@ -80,7 +82,9 @@ class Backend:
         """
         if self.model is None and not self.foreign:
             try:
-                async with self._session.get(f"{self.url}/v1/capabilities", headers=self.headers) as reply:
+                async with self._session.get(
+                    f"{self.url}/v1/capabilities", headers=self.headers, timeout=SOON
+                ) as reply:
                     body = await reply.read()
             except (aiohttp.ClientError, TimeoutError):
                 return None
@@ -98,9 +102,8 @@ class Backend:
         self.model, self.foreign = None, False
 
     async def ready(self) -> bool:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
         try:
-            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=timeout) as reply:
+            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=SOON) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -120,23 +123,24 @@ class Backend:
             await self._claim(call, into)
 
     async def _claim(self, call: str, into: Path) -> None:
-        deadline = time.monotonic() + self._timeout_s
         trouble = "the worker had not finished it"
-        while time.monotonic() < deadline:
-            try:
-                if await self._fetch(call, into):
-                    return
-            except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
-                trouble = f"the worker could not be reached: {error or type(error).__name__}"
-                await asyncio.sleep(RETRY_S)
-        raise CaptureLost(f"not claimed in {self._timeout_s:.0f} s: {trouble}")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    try:
+                        if await self._fetch(call, into):
+                            return
+                    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+                        trouble = f"the worker could not be reached: {error or type(error).__name__}"
+                        await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            raise CaptureLost(f"not claimed in {self._timeout_s:g} s: {trouble}") from None
 
     async def holds(self, call: str) -> bool:
         """Whether the worker knows of a call; False if it does not answer."""
-        timeout = aiohttp.ClientTimeout(total=HEALTH_S)
         url = f"{self.url}/v1/activations/{call}"
         try:
-            async with self._session.get(url, params={"as": "recipe"}, headers=self.headers, timeout=timeout) as reply:
+            async with self._session.get(url, params={"as": "recipe"}, headers=self.headers, timeout=SOON) as reply:
                 return reply.status in (200, 202, 410)
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -158,7 +162,7 @@ class Backend:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
         params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
-        async with self._session.get(url, params=params, headers=headers) as reply:
+        async with self._session.get(url, params=params, headers=headers, timeout=CLAIM) as reply:
             if reply.status == 202:
                 return False
             if reply.status in (404, 410):
@@ -185,7 +189,7 @@ class Backend:
     async def waiting(self) -> list[Held]:
         """The calls whose activations the worker holds, anybody's; none, and a warning, if it does not say."""
         try:
-            async with self._session.get(f"{self.url}/v1/activations", headers=self.headers) as reply:
+            async with self._session.get(f"{self.url}/v1/activations", headers=self.headers, timeout=SOON) as reply:
                 reply.raise_for_status()
                 return msgspec.json.decode(await reply.read(), type=Waiting).data
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
@@ -198,7 +202,9 @@ class Backend:
         """
         for pause_s in (RETRY_S, RETRY_S, 0):
             try:
-                async with self._session.delete(f"{self.url}/v1/activations/{call}", headers=self.headers):
+                async with self._session.delete(
+                    f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=SOON
+                ):
                     return
             except (aiohttp.ClientError, TimeoutError, ConnectionError):
                 await asyncio.sleep(pause_s)

@@ -113,6 +113,7 @@ class Recording:
         # Calls that the disk did not take, and why: they are tried again.
         self._refused: dict[str, str] = {}
         self._claims: set[asyncio.Task[None]] = set()
+        self._forgetting: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._free_bytes = 0
         self._looked_at = 0.0
@@ -276,7 +277,7 @@ class Recording:
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
             logs.recorded(self._store.run.run, call, rows)
             if holder is not None:
-                await holder.forget(call.id)
+                self._forget(call.id, holder)
             return None
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
@@ -291,6 +292,12 @@ class Recording:
             self._touched[call.thread] = time.monotonic()
             if not self._pending:
                 self._settled.set()
+
+    def _forget(self, call: str, holder: Holder) -> None:
+        """Have a worker forget a call. Nothing waits for it: the rows are stored."""
+        task = asyncio.create_task(holder.forget(call))
+        self._forgetting.add(task)
+        task.add_done_callback(self._forgetting.discard)
 
     async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None) -> tuple[Call, Rows]:
         """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
@@ -478,6 +485,10 @@ class Recording:
             await self._on_disk(self._store.roll)
         except OSError:
             logger.exception("the index of %s could not be written", self._store.layout.root)
+        if self._forgetting:
+            _, late = await asyncio.wait(self._forgetting, timeout=max(self._deadline.left_s, LATE_S))
+            for forgetting in late:
+                forgetting.cancel()
         await self._notes.close()
         await self._on_disk(self._store.close)
         self._disk.shutdown()

@@ -11,11 +11,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import secrets
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import msgspec
 from aiohttp import web
@@ -239,7 +241,8 @@ async def serve(config: Config, stop: asyncio.Event, tell: Callable[[], object])
     )
     try:
         try:
-            await runner.setup()
+            if not await _unless(stop, runner.setup()):
+                return
         except OSError as error:
             user = f"user {os.getuid()}"  # in a container that is nobody's name
             raise BadInput(f"--data {config.data} cannot be written by {user}: {error.strerror}") from None
@@ -251,6 +254,17 @@ async def serve(config: Config, stop: asyncio.Event, tell: Callable[[], object])
         await stop.wait()
     finally:
         await runner.cleanup()
+
+
+async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, None]) -> bool:
+    """Do it, and break it off if `stop` is set; whether it was done."""
+    task, stopping = asyncio.create_task(doing), asyncio.create_task(stop.wait())
+    await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    return not task.cancelled()
 
 
 def _encryption(tls: TLS | None) -> ssl.SSLContext | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import uuid
 
 import aiohttp
@@ -11,6 +12,7 @@ import pytest
 
 from episodes.errors import CaptureLost
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
+from proxy import backend as backends
 from proxy.backend import Backend
 from tests.stub import MODEL, rows
 from worker.spool import spooled
@@ -78,3 +80,40 @@ def test_a_spool_out_of_sight_is_claimed_over_http(stub, tmp_path, caplog, n):
 def test_what_the_worker_does_not_have_is_lost_with_its_reason(stub, tmp_path):
     with pytest.raises(CaptureLost, match="no captured call has this id"):
         claim(stub.url, ["c-nobody"], tmp_path)
+
+
+@pytest.fixture
+def silent():
+    """A worker that is stopped: it lets one connect, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as worker:
+        yield f"http://127.0.0.1:{worker.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (Backend.capabilities, None),
+        (Backend.waiting, []),
+        (lambda backend: backend.forget("c-1"), None),
+        (lambda backend: backend.holds("c-1"), False),
+    ],
+)
+def test_a_worker_that_does_not_answer_is_not_waited_for(silent, monkeypatch, ask, said):
+    monkeypatch.setattr(backends, "SOON", aiohttp.ClientTimeout(total=0.1))
+
+    async def asking():
+        async with aiohttp.ClientSession() as session:
+            return await ask(Backend(silent, session))
+
+    assert asyncio.run(asyncio.wait_for(asking(), 5)) == said
+
+
+def test_a_claim_that_is_not_answered_is_lost_when_its_time_is_over(silent, tmp_path):
+    """And does not keep those behind it waiting."""
+
+    async def claiming():
+        async with aiohttp.ClientSession() as session:
+            await Backend(silent, session, claim_timeout_s=0.1).claim("c-1", tmp_path / "c-1")
+
+    with pytest.raises(CaptureLost, match="not claimed in"):
+        asyncio.run(asyncio.wait_for(claiming(), 5))

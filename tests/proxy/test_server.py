@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.run import open_run
 from episodes.verify import problems
 from proxy.backend import Backend
+from proxy.config import Config
+from proxy.server import serve
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
 from tests.stub import HIDDEN, MODEL, POINTS, Running, Stub, render, rows
@@ -443,6 +446,39 @@ def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path
     with proxy_to(stub.url, tmp_path) as proxy:
         pass
     assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+
+
+def test_a_worker_that_is_not_heard_to_forget_keeps_nothing_waiting(stub, tmp_path, monkeypatch):
+    """Neither a reply that ends when its call is recorded, nor the sealing, nor the end."""
+
+    async def never(self, call):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Backend, "forget", never)
+    with proxy_to(stub.url, tmp_path, drain_s=0.2, episode_idle_s=0.1, durability="sync") as proxy:
+        converse(proxy.client(), "forgotten", 1)
+        until(lambda: [e.status for e in proxy.open().history.episodes.values()] == ["sealed"], "a seal")
+        begun = time.monotonic()
+        proxy.stop()
+    assert time.monotonic() - begun < 10
+    check_rows(proxy.open())
+
+
+def test_a_proxy_can_be_stopped_while_it_waits_for_its_worker_to_say_what_it_is(tmp_path):
+    async def starting():
+        with socket.create_server(("127.0.0.1", 0)) as worker:
+            worker.setblocking(False)
+            config = Config((f"http://127.0.0.1:{worker.getsockname()[1]}",), tmp_path, "r", port=free_port())
+            stop, told = asyncio.Event(), []
+            serving = asyncio.create_task(serve(config, stop, lambda: told.append("serves")))
+            connection, _ = await asyncio.get_running_loop().sock_accept(worker)
+            stop.set()
+            with connection:
+                await asyncio.wait_for(serving, 5)
+            assert not told
+
+    asyncio.run(starting())
+    assert open_run(tmp_path / "r").history.calls == {}
 
 
 @pytest.mark.parametrize(("stream", "status"), [(False, 0), (True, 200)])
