@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import aiohttp
@@ -9,6 +10,8 @@ import aiohttp
 from episodes.errors import BadInput
 
 UNIX = "unix:"
+# With `/v1`, as a client would be given it: the proxy asks for more than lies below that.
+URL = re.compile(r"(https?://[^/?#]+)(/v1)?/*")
 # vLLM closes a connection that was idle for 5 s; one given up earlier is never used while it does.
 KEEPALIVE_S = 3.0
 
@@ -21,13 +24,13 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, backend: str) -> Address:
-        """Out of `--backend`; BadInput if it is neither a URL nor `unix:` and a path."""
+        """Out of `--backend`; BadInput if it is neither a worker's URL nor `unix:` and a path."""
         if backend.startswith(UNIX):
             # A socket has no host name, but every request names one.
             return cls("http://worker", backend.removeprefix(UNIX).removeprefix("//"))
-        if backend.startswith(("http://", "https://")):
-            return cls(backend.rstrip("/"))
-        raise BadInput(f"--backend {backend}: give a URL, such as http://127.0.0.1:8001, or unix:PATH")
+        if match := URL.fullmatch(backend):
+            return cls(match[1])
+        raise BadInput(f"--backend {backend}: give a URL without a path, such as http://127.0.0.1:8001, or unix:PATH")
 
 
 def session(backend: str, connect_s: float) -> aiohttp.ClientSession:

@@ -95,6 +95,11 @@ class Backend:
             except msgspec.MsgspecError:
                 self.model = None
             self.foreign = self.model is None and reply.status < 500
+            if self.foreign:
+                logger.warning(
+                    "%s is no worker of tautap's (/v1/capabilities there: HTTP %d): no activations are recorded of its "
+                    "calls but those that come in its replies", self.address, reply.status,
+                )  # fmt: skip
         return self.model
 
     def forget_model(self) -> None:

@@ -43,7 +43,7 @@ class TLS:
 
 @dataclass(frozen=True)
 class Config:
-    """backends: where the workers are, all of one model: base URLs without `/v1`, or `unix:` and a socket's path. run:
+    """backends: where the workers are, all of one model: URLs, or `unix:` and a socket's path. run:
     the run of calls that name none.
 
     keys: of clients. backend_key: bearer token for the worker.

@@ -345,8 +345,8 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     committed(proxy, 2)
 
 
-def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http):
-    """Taken out of the reply, streamed or not, and stored with the call."""
+def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http, caplog):
+    """Taken out of the reply, streamed or not, and stored with the call. That there are no others is said once."""
     import zstandard
 
     foreign = Stub(tmp_path / "spool")
@@ -366,6 +366,7 @@ def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http):
         assert call.foreign and call.points == []
         kept = json.loads(zstandard.decompress(run.layout.foreign_file(call.id).read_bytes()))
         assert kept == foreign.foreign
+    assert [backend.url in said for said in caplog.messages if "no worker of tautap's" in said] == [True]
 
 
 # ---- start and stop
