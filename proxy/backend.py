@@ -24,9 +24,6 @@ CLAIM_WAIT_S = 20.0
 RETRY_S = 0.5
 METRICS_S = 2.0
 HEALTH_S = 10.0
-# For what a worker that is well answers at once, and for what it may think about.
-SOON = aiohttp.ClientTimeout(total=HEALTH_S)
-CLAIM = aiohttp.ClientTimeout(sock_connect=HEALTH_S, sock_read=CLAIM_WAIT_S + HEALTH_S)
 CHUNK = 1 << 20
 
 
@@ -68,47 +65,45 @@ class Backend:
         self.url = Address.parse(address).url
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = session
+        # For what a worker that is well answers at once, and for what it waits with.
+        connect_s = session.timeout.sock_connect
+        self._soon = aiohttp.ClientTimeout(total=HEALTH_S, sock_connect=connect_s)
+        self._patient = aiohttp.ClientTimeout(sock_read=CLAIM_WAIT_S + HEALTH_S, sock_connect=connect_s)
         self._timeout_s = claim_timeout_s
         self._spool_dir = spool_dir
         self._in_sight = True
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
-        self.foreign = False
-        self.model: Model | None = None
+        self.foreign = False  # no worker of ours, as far as is known
 
     async def capabilities(self) -> Model | None:
         """What the worker records; None while it cannot be reached and for a backend that is not ours. WorkerFailed if
         it does not know us: it would record nothing, and say so to every client.
         """
-        if self.model is None and not self.foreign:
-            try:
-                async with self._session.get(
-                    f"{self.url}/v1/capabilities", headers=self.headers, timeout=SOON
-                ) as reply:
-                    body = await reply.read()
-            except (aiohttp.ClientError, TimeoutError):
-                return None
-            if reply.status in (401, 403):
-                raise WorkerFailed(f"the worker refuses the proxy's key (HTTP {reply.status}): give --backend-key-file")
-            try:
-                self.model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
-            except msgspec.MsgspecError:
-                self.model = None
-            self.foreign = self.model is None and reply.status < 500
-            if self.foreign:
-                logger.warning(
-                    "%s is no worker of tautap's (/v1/capabilities there: HTTP %d): no activations are recorded of its "
-                    "calls but those that come in its replies", self.address, reply.status,
-                )  # fmt: skip
-        return self.model
-
-    def forget_model(self) -> None:
-        """Ask anew what it records: it may have been started again with something else."""
-        self.model, self.foreign = None, False
+        try:
+            async with self._session.get(
+                f"{self.url}/v1/capabilities", headers=self.headers, timeout=self._soon
+            ) as reply:
+                body = await reply.read()
+        except (aiohttp.ClientError, TimeoutError):
+            return None
+        if reply.status in (401, 403):
+            raise WorkerFailed(f"the worker refuses the proxy's key (HTTP {reply.status}): give --backend-key-file")
+        try:
+            model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
+        except msgspec.MsgspecError:
+            model = None
+        was, self.foreign = self.foreign, model is None and reply.status < 500
+        if self.foreign and not was:
+            logger.warning(
+                "%s is no worker of tautap's (/v1/capabilities there: HTTP %d): no activations are recorded of its "
+                "calls but those that come in its replies", self.address, reply.status,
+            )  # fmt: skip
+        return model
 
     async def ready(self) -> bool:
         try:
-            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=SOON) as reply:
+            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=self._soon) as reply:
                 return reply.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -145,7 +140,9 @@ class Backend:
         """Whether the worker knows of a call; False if it does not answer."""
         url = f"{self.url}/v1/activations/{call}"
         try:
-            async with self._session.get(url, params={"as": "recipe"}, headers=self.headers, timeout=SOON) as reply:
+            async with self._session.get(
+                url, params={"as": "recipe"}, headers=self.headers, timeout=self._soon
+            ) as reply:
                 return reply.status in (200, 202, 410)
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -167,7 +164,7 @@ class Backend:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
         params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
-        async with self._session.get(url, params=params, headers=headers, timeout=CLAIM) as reply:
+        async with self._session.get(url, params=params, headers=headers, timeout=self._patient) as reply:
             if reply.status == 202:
                 return False
             if reply.status in (404, 410):
@@ -194,7 +191,9 @@ class Backend:
     async def waiting(self) -> list[Held]:
         """The calls whose activations the worker holds, anybody's; none, and a warning, if it does not say."""
         try:
-            async with self._session.get(f"{self.url}/v1/activations", headers=self.headers, timeout=SOON) as reply:
+            async with self._session.get(
+                f"{self.url}/v1/activations", headers=self.headers, timeout=self._soon
+            ) as reply:
                 reply.raise_for_status()
                 return msgspec.json.decode(await reply.read(), type=Waiting).data
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
@@ -208,7 +207,7 @@ class Backend:
         for pause_s in (RETRY_S, RETRY_S, 0):
             try:
                 async with self._session.delete(
-                    f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=SOON
+                    f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=self._soon
                 ):
                     return
             except (aiohttp.ClientError, TimeoutError, ConnectionError):

@@ -29,7 +29,7 @@ from episodes.errors import CaptureLost, CorruptFile, NotStored, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.outline import Outline
-from episodes.records import Call
+from episodes.records import Call, Model
 from episodes.store import Store
 from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
@@ -100,8 +100,8 @@ class Recording:
         self._start = uuid.uuid4().hex[:8]
         self._n_lost = 0
         self._backfill = Backfill(store, workers, self._on_disk) if config.backfill else None
-        # Those who have been heard of, and asked what they hold for proxies before this one.
-        self._greeted: set[Backend] = set()
+        # Those whose model is the run's, and who were asked what they hold for proxies before this one.
+        self._greeted: dict[Backend, Model] = {}
         # Threads with calls that are not recorded, and how many; no others.
         self._pending: Counter[str] = Counter()
         self._settled = asyncio.Event()
@@ -144,16 +144,17 @@ class Recording:
     @property
     def described(self) -> bool:
         """Whether `describe` has nothing to do."""
-        return bool(self._greeted) and self._workers.known <= self._greeted
+        known = self._workers.known
+        return bool(known) and known.items() <= self._greeted.items()
 
     async def describe(self) -> None:
         """Note the workers' model as soon as it is known; WrongModel if the run was recorded with another."""
-        model = await self._workers.capabilities()
-        for backend in self._workers.known - self._greeted:
-            assert model is not None
-            await self._on_disk(self._store.describe, model)
-            self._greeted.add(backend)
-            await self._forget_left(backend)
+        await self._workers.capabilities()
+        for backend, model in list(self._workers.known.items()):
+            if self._greeted.get(backend) != model:
+                await self._on_disk(self._store.describe, model)
+                self._greeted[backend] = model
+                await self._forget_left(backend)
 
     async def _forget_left(self, backend: Backend) -> None:
         """Let a worker forget what it holds for proxies that died on this run: of calls that are recorded, and of

@@ -2,7 +2,8 @@
 
 Their rows lie side by side in one run, where a call may refer to rows that another worker computed of the same tokens:
 so all must run one model in one dtype with one spec. A worker that cannot be reached, or is not well, is passed over
-until it is again, and then asked anew what it runs.
+until it is again, and then asked anew what it runs. One that is alone is given calls all the same, and asked anew
+before them; what it runs then is held against the run's own model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Workers:
     def __init__(self, upstreams: Sequence[Upstream]) -> None:
         self._fleet = Fleet(upstreams)
         self.model: Model | None = None  # None while no worker was heard of, and of a backend that is not ours
-        self.known: set[Backend] = set()  # those that were heard of
+        self.known: dict[Backend, Model] = {}  # what those run that were heard of, and have not failed since
         self._wrong: dict[Upstream, str] = {}  # those that are never given a call, and why
 
     @classmethod
@@ -54,23 +55,20 @@ class Workers:
             workers = cls(upstreams)
             if len(upstreams) > 1:
                 await workers._meet()
-                looking = asyncio.create_task(workers._look_after())
-                stack.push_async_callback(_cancelled, looking)
+            looking = asyncio.create_task(workers._look_after())
+            stack.push_async_callback(_cancelled, looking)
             yield workers
 
     async def capabilities(self) -> Model | None:
-        """What they run, as `Backend.capabilities`."""
-        if self.model is None:
-            for backend in self._backends:
-                if (model := await backend.capabilities()) is not None:
-                    self.model = model
-                    self.known.add(backend)
-                    break
+        """What they run, as `Backend.capabilities`; asked anew if all have failed."""
+        for worker in () if self.known else self._in_order:
+            if not worker.backend.foreign and await self._hear(worker):
+                break
         return self.model
 
     def lease(self, *names: str) -> Lease:
         """A call's way to a worker. names: as in `Fleet.enter`."""
-        return Lease(self._fleet, names, self._wrong)
+        return Lease(self, self._fleet, names, self._wrong)
 
     @property
     def idlest(self) -> Backend:
@@ -102,10 +100,9 @@ class Workers:
         ]
 
     @property
-    def _backends(self) -> list[Backend]:
+    def _in_order(self) -> list[Upstream]:
         """Those that are up first."""
-        order = sorted(self._fleet.workers, key=lambda worker: not self._fleet.up(worker))
-        return [worker.backend for worker in order]
+        return sorted(self._fleet.workers, key=lambda worker: not self._fleet.up(worker))
 
     # ---- what may be with any of them
 
@@ -114,15 +111,15 @@ class Workers:
         await (await self._holder(call)).claim(call, into)
 
     async def forget(self, call: str) -> None:
-        await asyncio.gather(*(backend.forget(call) for backend in self._backends))
+        await asyncio.gather(*(worker.backend.forget(call) for worker in self._fleet.workers))
 
     async def _holder(self, call: str) -> Backend:
         """The worker that holds a call's activations; else one that cannot be asked now, for it may be that one."""
-        *others, last = self._backends
-        for backend in others:
-            if await backend.holds(call):
-                return backend
-        return last
+        *others, last = self._in_order
+        for worker in others:
+            if await worker.backend.holds(call):
+                return worker.backend
+        return last.backend
 
     # ---- looking after them
 
@@ -146,33 +143,48 @@ class Workers:
 
     async def _look(self, worker: Upstream) -> None:
         """See whether a worker can be given calls."""
-        backend = worker.backend
-        if not await backend.ready():
-            pass_over(self._fleet, worker, "it does not answer")
-        elif backend.model is None or not self._fleet.up(worker):
-            await self._join(worker)
-
-    async def _join(self, worker: Upstream) -> None:
-        """Take in a worker that is well, if it is like the others."""
-        backend = worker.backend
-        backend.forget_model()
         try:
-            model = await backend.capabilities()
+            if not await worker.backend.ready():
+                self.pass_over(worker, "it does not answer")
+            elif await self._hear(worker) and self._fleet.back(worker):
+                logger.warning("worker %s is well again", worker.backend.address)
         except WorkerFailed as error:
-            return pass_over(self._fleet, worker, str(error))
+            self.pass_over(worker, str(error))
+
+    async def _hear(self, worker: Upstream) -> bool:
+        """Ask a worker what it runs, unless that is known; whether it can be given calls. One that is alone may run
+        anything: each run sees to it for itself.
+        """
+        backend = worker.backend
+        if backend in self.known:
+            return True
+        model = await backend.capabilities()
         if model is None and not backend.foreign:  # gone again
-            return
-        self.model = self.model or model
-        wrong = self._wrong.pop(worker, None)
-        if reason := unlike(model, self.model):
-            self._wrong[worker] = reason = f"--backend {backend.address}: {reason}"
-            self._fleet.fail(worker)
-            if reason != wrong:
-                logger.error(reason)
-            return
-        self.known.add(backend)
-        if self._fleet.back(worker):
-            logger.warning("worker %s is given calls again", backend.address)
+            return False
+        if len(self._fleet.workers) == 1:
+            self.model = model
+        else:
+            self.model = self.model or model
+            wrong = self._wrong.pop(worker, None)
+            if reason := unlike(model, self.model):
+                self._wrong[worker] = reason = f"--backend {backend.address}: {reason}"
+                self._fleet.fail(worker)
+                if reason != wrong:
+                    logger.error(reason)
+                return False
+        if model is not None:
+            self.known[backend] = model
+        return True
+
+    def pass_over(self, worker: Upstream, reason: str) -> None:
+        """Give a worker no more calls while there are others."""
+        self.doubt(worker)
+        if self._fleet.fail(worker):
+            logger.warning("worker %s is not well: %s", worker.backend.address, reason)
+
+    def doubt(self, worker: Upstream) -> None:
+        """Ask a worker anew what it runs: it may have been started again with something else."""
+        self.known.pop(worker.backend, None)
 
 
 def unlike(model: Model | None, others: Model | None) -> str:
@@ -187,8 +199,11 @@ def unlike(model: Model | None, others: Model | None) -> str:
 class Lease:
     """A call's way to a worker. backend: where it went, None until it has."""
 
-    def __init__(self, fleet: Fleet[Upstream], names: Sequence[str], never: Collection[Upstream]) -> None:
+    def __init__(
+        self, workers: Workers, fleet: Fleet[Upstream], names: Sequence[str], never: Collection[Upstream]
+    ) -> None:
         """never: workers that it must not go to."""
+        self._workers = workers
         self._fleet = fleet
         self._names = names
         self._never = never
@@ -205,23 +220,18 @@ class Lease:
             self.backend = worker.backend
             try:
                 async with worker.ask(method, path, query, headers, body) as reply:
-                    if len(self._fleet.workers) == 1:  # nobody looks after it
-                        self._fleet.back(worker)
                     yield reply
                 return
             except WorkerUnreachable as error:
-                pass_over(self._fleet, worker, str(error))
+                self._workers.pass_over(worker, str(error))
                 unreachable = error
                 tried.append(worker)
+            except WorkerFailed:
+                self._workers.doubt(worker)
+                raise
             finally:
                 self._fleet.leave(worker)
         raise unreachable
-
-
-def pass_over(fleet: Fleet[Upstream], worker: Upstream, reason: str) -> None:
-    """Give a worker no more calls while there are others."""
-    if fleet.fail(worker) and len(fleet.workers) > 1:
-        logger.warning("worker %s is passed over: %s", worker.backend.address, reason)
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

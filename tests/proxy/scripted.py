@@ -101,6 +101,9 @@ class Scripted:
         if came.path == "/v1/capabilities":
             writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
             return
+        if came.path == "/health":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            return
         self.requests.append(came)
         self.came.set()
         serving = asyncio.ensure_future(self.script(came, writer))

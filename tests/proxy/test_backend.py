@@ -99,7 +99,7 @@ def silent():
     ],
 )
 def test_a_worker_that_does_not_answer_is_not_waited_for(silent, monkeypatch, ask, said):
-    monkeypatch.setattr(backends, "SOON", aiohttp.ClientTimeout(total=0.1))
+    monkeypatch.setattr(backends, "HEALTH_S", 0.1)
 
     async def asking():
         async with aiohttp.ClientSession() as session:

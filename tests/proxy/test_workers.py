@@ -10,17 +10,20 @@ import time
 from contextlib import ExitStack, suppress
 
 import httpx
+import msgspec
 import openai
 import pytest
 
 from episodes.errors import WrongModel
 from episodes.verify import problems
+from proxy import workers
 from proxy.top import Sample
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_durability import ProxyProcess, waiting
 from tests.proxy.test_server import SYSTEM, check_rows, committed, converse, user
 from tests.stub import MODEL, Running, Stub
+from worker.orders import XARG
 from worker.smollm import NAME
 
 
@@ -159,6 +162,52 @@ def test_one_that_joins_later_and_is_not_alike_is_given_no_call(tmp_path, stub, 
             stub.__exit__()
             reply = http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]})
             assert reply.status_code == 502 and not other.stub.bodies
+    check_rows(proxy.open())
+
+
+def edited(spool):
+    """A worker that steers."""
+    stub, path = Stub(spool), spool.with_name("steer.py")
+    path.write_text("def steer(model): pass")
+    stub.engine.config = msgspec.structs.replace(stub.engine.config, edit=f"{path}:steer")
+    stub.engine.vllm_config.additional_config = {XARG: msgspec.to_builtins(stub.engine.config)}
+    return stub
+
+
+@pytest.mark.parametrize("looked_after", [False, True])
+def test_one_that_comes_back_as_something_else_is_given_no_call_of_the_run(
+    tmp_path, stub, http, monkeypatch, looked_after
+):
+    """Whether a call or a look has found it gone; another run takes it as it is. Back as it was, it goes on."""
+    for name in ("DOWN_S", "UP_S"):
+        monkeypatch.setattr(workers, name, 0.02 if looked_after else 3600)
+    port, body = int(stub.url.rpartition(":")[2]), {"model": MODEL, "messages": [user("Hi")]}
+    with proxy_to(stub.url, tmp_path / "data") as proxy, ExitStack() as stack:
+
+        def leave(worker):
+            until(lambda: metered(proxy, "queue") == 0, "what it holds to be claimed")
+            worker.__exit__()
+            if looked_after:
+                until(lambda: metered(proxy, "worker_up", stub) == 0, "it to be missed")
+            else:
+                assert http.get(f"{proxy.url}/v1/models").status_code == 502
+
+        def ask(run="r"):
+            return http.post(f"{proxy.url}/runs/{run}/v1/chat/completions", json=body).status_code
+
+        def comes(as_what):
+            worker = stack.enter_context(Running(as_what, port=port))
+            if looked_after:
+                until(lambda: metered(proxy, "worker_up", stub) == 1, "it to be found")
+            return worker
+
+        assert ask() == 200
+        leave(stub)
+        steered = comes(edited(tmp_path / "steered"))
+        assert [ask(), ask("other"), ask()] == [409, 200, 409] and len(steered.stub.bodies) == 1
+        leave(steered)
+        comes(Stub(tmp_path / "again"))
+        assert [ask(), ask("other")] == [200, 409]
     check_rows(proxy.open())
 
 
