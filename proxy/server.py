@@ -236,7 +236,7 @@ async def serve(config: Config, stop: asyncio.Event, tell: Callable[[], object])
         Proxy(config).app(),
         handler_cancellation=True,
         access_log=None,
-        shutdown_timeout=config.drain_s / 2,  # aiohttp waits so long twice
+        shutdown_timeout=max(config.drain_s / 2, 0.001),  # aiohttp waits so long twice, and for ever for 0
         auto_decompress=False,  # `proxy.bodies` does it, within a limit
     )
     try:

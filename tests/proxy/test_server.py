@@ -498,6 +498,22 @@ def test_a_call_that_outlasts_the_draining_is_broken_off_and_recorded(stub, tmp_
     assert (call.error, call.status) == ("the proxy had to stop before the end of the reply", status)
 
 
+def test_without_any_time_to_drain_calls_are_broken_off_at_once_and_recorded(stub, tmp_path):
+    stub.stub.faults = ["silence"] * 8
+    with proxy_to(stub.url, tmp_path, drain_s=0) as proxy:
+        talking = [threading.Thread(target=_fails, args=(proxy.client(), False)) for _ in range(8)]
+        for thread in talking:
+            thread.start()
+        until(lambda: len(stub.stub.bodies) == 8, "the calls at the worker")
+        begun = time.monotonic()
+        proxy.stop()
+        for thread in talking:
+            thread.join()
+    assert time.monotonic() - begun < 5
+    errors = [call.error for call in proxy.open().history.calls.values()]
+    assert errors == ["the proxy had to stop before the end of the reply"] * 8
+
+
 def _fails(client, stream):
     with pytest.raises((openai.APIConnectionError, httpx.TransportError)):
         converse(client, "too long", 1, stream)
