@@ -59,6 +59,12 @@ class Transcript:
         self._fields: JSON = {}
         self._choices: dict[int, _Choice] = {}
 
+    @property
+    def error(self) -> str | None:
+        """Why the stream failed, if one of its events says that it has: it ends as any other all the same."""
+        error = self._fields.get("error")
+        return str(error.get("message") or error) if isinstance(error, dict) else str(error) if error else None
+
     def take(self, event: bytes) -> bytes:
         """Take in an event; returns it as the client is to have it."""
         data = event_data(event)

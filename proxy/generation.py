@@ -87,19 +87,24 @@ class Generation:
                 exchange.foreign = transcript.foreign
                 if transcript.done:
                     # The client may send its next call on seeing this: its thread must be waiting by then.
-                    exchange.reply = transcript.reply()
-                    await self._may_end()
+                    await self._ended(transcript)
                 if kept:
                     await reply.write(kept)
             if cutter.rest:
                 await reply.write(cutter.rest)
             if not transcript.done:
-                exchange.reply = transcript.reply()
-                await self._may_end()
+                await self._ended(transcript)
             await reply.write_eof()
         finally:
             if exchange.reply is None:
                 exchange.reply = transcript.reply()
+
+    async def _ended(self, transcript: Transcript) -> None:
+        """A stream has come to its end, as `_may_end`."""
+        self._exchange.reply = transcript.reply()
+        if transcript.error is not None:
+            self._exchange.error = f"the worker failed: {transcript.error}"
+        await self._may_end()
 
     async def _may_end(self) -> None:
         """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""

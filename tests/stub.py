@@ -157,7 +157,8 @@ class Stub:
     """The HTTP side; `faults` and `engine` can be changed while it runs.
 
     faults: one per call to come; a field `stub_fault` in a body is that call's own.
-        "garbage" (a 200 that is no JSON, a stream with an event that is none), "cut" (the reply breaks off), "stall"
+        "garbage" (a 200 that is no JSON, a stream with an event that is none), "cut" (the reply breaks off), "error" (a
+        stream says that it failed, as vLLM's does, and ends as if it had not), "stall"
         (it stops half way and nothing more comes), "silence" (nothing comes at all), "429", "500"
     """
 
@@ -283,6 +284,10 @@ class Stub:
                 raise ConnectionError("told to cut")
             if fault == "stall":
                 await asyncio.Event().wait()
+            if fault == "error":
+                await stream.aclose()
+                yield b'data: {"error": {"message": "told to fail", "type": "InternalServerError", "code": 500}}\n\n'
+                break
             if fault == "garbage":
                 yield b"data: \xff{<html>\n\n"
         yield b"data: [DONE]\n\n"

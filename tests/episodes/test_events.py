@@ -85,11 +85,25 @@ def test_activations_are_taken_out_of_an_event():
         assert b"activations" not in kept and kept.endswith(b"\n\n") and (b"event: m" in kept) == (b"event: m" in event)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"), [({"message": "dead", "code": 500}, "dead"), ("dead", "dead"), ({"code": 5}, "{'code': 5}")]
+)
+def test_a_stream_can_say_that_it_failed(error, said):
+    """And has said what it said before."""
+    transcript = Transcript()
+    for event in (chunk({"content": "a"}), b"data: " + json.dumps({"error": error}).encode() + b"\n\n"):
+        assert transcript.error is None
+        transcript.take(event)
+    assert transcript.error == said and reply_messages(transcript.reply())[0]["content"] == "a"
+
+
 JSONS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["choices", "index", "delta", "tool_calls", "function", "text"]), inner)
+        | st.dictionaries(
+            st.sampled_from(["choices", "index", "delta", "tool_calls", "function", "text", "error"]), inner
+        )
     ),
 )
 
@@ -104,5 +118,6 @@ def test_whatever_a_worker_streams_comes_through_whole(parts, size):
         transcript.take(event) for at in range(0, len(stream), size) for event in cutter.feed(stream[at : at + size])
     )
     assert kept + cutter.rest == stream
+    assert transcript.error is None or isinstance(transcript.error, str)
     reply = transcript.reply()
     assert isinstance(reply_messages(reply), list) and (finish_reason(reply) is None or finish_reason(reply))

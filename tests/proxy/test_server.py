@@ -290,6 +290,19 @@ def test_a_retry_after_a_failure_is_the_same_turn(stub, proxy):
     check_rows(run)
 
 
+def test_a_stream_that_says_that_it_failed_is_recorded_as_failed(stub, proxy, http):
+    """vLLM ends it as any other, with status 200. Sent again it is the same turn."""
+    stub.stub.faults = ["error"]
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": True}
+    failed, good = (http.post(f"{proxy.url}/v1/chat/completions", json=body) for _ in range(2))
+    assert "told to fail" in failed.text and failed.text.endswith("data: [DONE]\n\n")
+    assert "told to fail" not in good.text
+    calls = sorted(committed(proxy, 2).history.calls.values(), key=lambda call: call.started)
+    assert [call.error for call in calls] == ["the worker failed: told to fail", None]
+    assert [(call.turn, call.attempt) for call in calls] == [(0, 0), (0, 1)]
+    assert len({call.thread for call in calls}) == 1
+
+
 def test_activations_that_are_lost_are_journalled_with_the_reason(stub, proxy):
     """The client is not disturbed, and what the lost call computed is computed again for the next."""
     stub.stub.engine.fail_captures = "the spool is full"
