@@ -30,19 +30,22 @@ FAIR_BYTES = 16 << 10
 
 
 class Patience:
-    """When to give up on a reply. A piece of it costs next to nothing: the alarm is moved when it goes off."""
+    """When to give up on a reply. A piece of it costs next to nothing: the alarm is moved when it goes off. since: from
+    when on the next piece has been waited for; None while somebody else is, such as a client that is slow to take one.
+    """
 
     def __init__(self, clock: asyncio.Timeout, timeouts: Timeouts) -> None:
         self._clock = clock
         self._timeouts = timeouts
         self._loop = asyncio.get_running_loop()
-        self._begun = self._moved = self._loop.time()
+        self._begun = self._loop.time()
+        self.since: float | None = None
         self._came = False
         self._alarm = self._loop.call_at(self._due()[0], self._look)
 
     def moved(self) -> None:
         """Another piece of the reply has come."""
-        self._moved = self._loop.time()
+        self.since = None
         if not self._came:  # from now on the time to give up only moves away
             self._came = True
             self._alarm.cancel()
@@ -55,7 +58,8 @@ class Patience:
         """When to give up as things stand, how long that is, what is waited for, and the flag that says how long."""
         timeouts = self._timeouts
         if self._came:
-            due = (self._moved + timeouts.idle_s, timeouts.idle_s, "another byte of its reply", "idle")
+            since = self._loop.time() if self.since is None else self.since
+            due = (since + timeouts.idle_s, timeouts.idle_s, "another byte of its reply", "idle")
         else:
             limit_s = timeouts.first_byte_s
             due = (self._begun + limit_s, limit_s, "the first byte of its reply", "first-byte")
@@ -79,6 +83,7 @@ class Reply:
     def __init__(self, reply: aiohttp.ClientResponse, patience: Patience) -> None:
         self._content = reply.content
         self._patience = patience
+        self._time = asyncio.get_running_loop().time
         self._large = False
         self.status = reply.status
         self.content_type = reply.content_type
@@ -91,6 +96,7 @@ class Reply:
         """
         if self._large:
             await asyncio.sleep(0)
+        self._patience.since = self._time()
         piece = await self._content.readany()
         self._patience.moved()
         self._large = len(piece) > FAIR_BYTES

@@ -1,5 +1,6 @@
 """The proxy and its disk: killed after a reply, full, and told to reply only after the commit."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from episodes.run import open_run
 from episodes.verify import problems
 from episodes.wire import CAPTURE_HEADER, Capture
+from proxy.backend import Backend
+from proxy.config import Timeouts
 from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import MODEL
@@ -95,6 +98,21 @@ def test_a_reply_ends_after_its_commit_if_that_is_asked_for(stub, tmp_path, stre
             run = proxy.open()
             assert len(run.history.calls) == 2 * turns - 1
             check_rows(run)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_worker_is_not_blamed_for_the_time_that_its_calls_are_recorded_in(stub, tmp_path, monkeypatch, stream):
+    claim = Backend.claim
+
+    async def slow(self, call, into):
+        await asyncio.sleep(1)
+        await claim(self, call, into)
+
+    monkeypatch.setattr(Backend, "claim", slow)
+    with proxy_to(stub.url, tmp_path, durability="sync", timeouts=Timeouts(idle_s=0.5)) as proxy:
+        converse(proxy.client(), "slow", 1, stream)
+    check_rows(proxy.open())
+    assert [call.error for call in proxy.open().history.calls.values()] == [None]
 
 
 # ---- a disk that is full
