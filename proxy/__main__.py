@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from episodes import commands
 from episodes.access import loopback
 from episodes.errors import BadInput, TautapError
-from episodes.layout import Layout
+from episodes.layout import Layout, check_name
 from episodes.records import Role
 from episodes.wire import Tokens
 from proxy import logs
@@ -334,7 +334,7 @@ def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
             raise BadInput(f"--alias {pair!r}: give NAME=SERVED, such as gpt-4o=Qwen/Qwen3-8B")
         aliases[name] = served
     capture = dict(_captured(pair) for pair in options.pop("capture"))
-    run = options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S")
+    run = check_name("run", options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S"))
     keys = Keys(options.pop("keys"))
     if not (keys or loopback(options["host"])):
         raise BadInput(

@@ -16,17 +16,18 @@ import os
 import secrets
 import signal
 import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from episodes import messages
-from episodes.errors import BadInput, WorkerFailed
-from episodes.layout import check_name
+from episodes.errors import BadInput, RunLocked, WorkerFailed
+from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Role
+from episodes.store import being_written
 from episodes.wire import GENERATION_PATHS, Capture, Collect
 from proxy import admin, bodies, metrics, openapi
 from proxy.config import TLS, Config
@@ -246,14 +247,32 @@ async def serve(config: Config, stop: asyncio.Event, tell: Callable[[], object])
         except OSError as error:
             user = f"user {os.getuid()}"  # in a container that is nobody's name
             raise BadInput(f"--data {config.data} cannot be written by {user}: {error.strerror}") from None
-        try:
+        with _listening(config):
             await web.TCPSite(runner, config.host, config.port, ssl_context=encryption).start()
-        except OSError as error:
-            raise BadInput(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
         tell()
         await stop.wait()
     finally:
         await runner.cleanup()
+
+
+async def check(config: Config) -> None:
+    """What `serve` would stop at as well, for whoever has much to do before: BadInput for the certificate and the
+    port, RunLocked for the run.
+    """
+    _encryption(config.tls)
+    with _listening(config):
+        (await asyncio.get_running_loop().create_server(asyncio.Protocol, config.host, config.port)).close()
+    layout = Layout(config.data / config.run)
+    if being_written(layout):
+        raise RunLocked(f"{layout.root} is being written by another process: stop it first, or give another --run")
+
+
+@contextlib.contextmanager
+def _listening(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BadInput(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
 
 
 async def _unless(stop: asyncio.Event, doing: Coroutine[Any, Any, None]) -> bool:

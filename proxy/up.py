@@ -18,7 +18,7 @@ from rich.console import Console
 
 from episodes.errors import BadInput
 from proxy.config import Config
-from proxy.server import serve, stopper
+from proxy.server import check, serve, stopper
 
 READY_S = 3600.0
 STOP_S = 30.0
@@ -43,6 +43,7 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
     log = config.data / config.run / "worker.log"
     if await _healthy(backend):
         raise BadInput(f"something else answers at {backend}: stop it, or give another --worker-port")
+    await check(config)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("wb")

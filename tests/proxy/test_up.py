@@ -1,16 +1,23 @@
 """`tautap up`: two processes that start and stop as one."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
+from episodes.errors import BadInput, RunLocked
 from episodes.run import open_run
-from tests.conftest import free_port, until
+from proxy.__main__ import cli
+from proxy.config import TLS, Config
+from proxy.up import greet, run_stack
+from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_server import check_rows, converse
 
 # `up` with the stub in the worker's place: its command line is the only thing that is not real.
@@ -98,3 +105,26 @@ def test_an_alias_that_is_none_is_refused(start):
     process, _, _ = start("--alias", "gpt-4o")
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 2 and "NAME=SERVED" in output
+
+
+def test_a_run_that_cannot_be_named_so_is_refused_before_anything_is_written(tmp_path):
+    done = CliRunner().invoke(cli, ["up", "--data", str(tmp_path / "data"), "--run", "../escaped"])
+    assert done.exit_code == 2 and "run '../escaped': use letters" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [("port", "cannot listen on 127.0.0.1"), ("tls", "--tls-cert"), ("run", "is being written")]
+)
+def test_what_would_stop_the_proxy_is_found_before_the_worker_is_started(stub, tmp_path, wrong, says):
+    """Which may take minutes to load. The log of a run that another `up` has stays."""
+    with proxy_to(stub.url, tmp_path) as other:
+        log = other.run_dir / "worker.log"
+        log.write_text("the other's")
+        settings = {"run": other.config.run if wrong == "run" else "mine", "port": free_port()}
+        settings |= {"port": other.config.port} if wrong == "port" else {}
+        settings |= {"tls": TLS(log, log)} if wrong == "tls" else {}
+        config = Config((f"http://127.0.0.1:{free_port()}",), tmp_path, **settings)
+        with pytest.raises((BadInput, RunLocked), match=says):
+            asyncio.run(run_stack(config, ["/no/worker/is/started"], os.environ, partial(greet, config)))
+        assert log.read_text() == "the other's" and not (tmp_path / "mine").exists()
