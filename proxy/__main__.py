@@ -96,7 +96,7 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--data", type=click.Path(path_type=Path), default=Path("data"), help="Directory of runs."),
             click.option("--run", default=None, help="Run to record into.  [default: run-<date>-<time>]"),
             click.option("--host", default="127.0.0.1", help="Address to listen on; beyond loopback only with keys."),
-            click.option("--port", default=8000, type=click.IntRange(0, 65535), help="Port to listen on."),
+            click.option("--port", default=8000, type=click.IntRange(1, 65535), help="Port to listen on."),
             click.option(
                 "--api-key-file",
                 "keys",
@@ -335,6 +335,7 @@ def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
         aliases[name] = served
     capture = dict(_captured(pair) for pair in options.pop("capture"))
     run = check_name("run", options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S"))
+    options["host"] = options["host"].strip("[]")  # as a URL has it
     keys = Keys(options.pop("keys"))
     if not (keys or loopback(options["host"])):
         raise BadInput(

@@ -82,4 +82,5 @@ class Config:
     @property
     def url(self) -> str:
         """Where clients on this machine find the proxy."""
-        return f"{'https' if self.tls else 'http'}://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.tls else 'http'}://{host}:{self.port}"

@@ -140,6 +140,7 @@ def test_beyond_loopback_the_proxy_listens_only_with_keys(tmp_path, host, is_loo
     ("flags", "says"),
     [
         (["--backend", "localhost:8001"], "give a URL"),
+        (["--port", "0"], "1<=x<=65535"),
         (["--tls-cert", "x"], "give both"),
         (["--tls-cert", "x", "--tls-key", "y"], "No such file"),
         (["--api-key-file", "/nowhere"], "/nowhere cannot be read"),

@@ -19,6 +19,8 @@ import pytest
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.run import open_run
 from episodes.verify import problems
+from proxy.__main__ import proxy as command
+from proxy.__main__ import settle
 from proxy.backend import Backend
 from proxy.config import Config
 from proxy.server import serve
@@ -399,6 +401,13 @@ def test_a_port_in_use_stops_the_proxy(stub, proxy, tmp_path):
         proxy_to(stub.url, tmp_path / "x", port=taken),
     ):
         pass
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_address_of_ipv6_stands_in_brackets_in_the_url_alone(host):
+    options = command.make_context("proxy", ["--backend", "http://x", "--host", host]).params
+    config = settle(options.pop("backends"), options)
+    assert (config.host, config.url) == ("::1", "http://[::1]:8000")
 
 
 def test_a_second_proxy_on_a_run_is_refused(stub, proxy):
