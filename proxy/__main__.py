@@ -106,7 +106,12 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--tls-cert", type=click.Path(path_type=Path), help="Serve HTTPS: certificate, in PEM."),
             click.option("--tls-key", type=click.Path(path_type=Path), help="Serve HTTPS: the certificate's key."),
-            click.option("--alias", multiple=True, metavar="NAME=SERVED", help="Serve model SERVED under NAME too."),
+            click.option(
+                "--alias",
+                multiple=True,
+                metavar="NAME=SERVED",
+                help="Serve model SERVED under NAME too, in chat and text completions.",
+            ),
             click.option(
                 "--capture",
                 multiple=True,
@@ -124,7 +129,7 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 for name, default, what in (
                     ("connect", Timeouts.connect_s, "a connection to the worker"),
                     ("first-byte", Timeouts.first_byte_s, "the first byte of its reply"),
-                    ("idle", Timeouts.idle_s, "the next byte of a reply or request"),
+                    ("idle", Timeouts.idle_s, "the next byte of a reply, or a whole request"),
                     ("total", Timeouts.total_s, "the whole reply"),
                 )
             ),

@@ -17,6 +17,7 @@ from proxy.logs import Format
 class Timeouts:
     """How long to wait for the worker, in seconds: for a connection, for a reply's first byte, for its next, and for
     all of it. Clients commonly wait 600 s and try again: what gives up before they do would make them lose a reply.
+    idle_s is also how long the body of a client's request may take.
     """
 
     connect_s: float = 10.0
