@@ -123,13 +123,14 @@ class Backend:
             await self._claim(call, into)
 
     async def _claim(self, call: str, into: Path) -> None:
-        trouble = "the worker had not finished it"
+        trouble = "the worker did not answer"
         try:
             async with asyncio.timeout(self._timeout_s):
                 while True:
                     try:
                         if await self._fetch(call, into):
                             return
+                        trouble = "the worker had not finished it"
                     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
                         trouble = f"the worker could not be reached: {error or type(error).__name__}"
                         await asyncio.sleep(RETRY_S)
