@@ -12,8 +12,7 @@ order of evidence,
 - `branch`: the last call's messages and more, without its reply, asked beside it; the thread waits at both ends.
   After a `reask` it is the next `turn` instead: the conversation has gone on without any of the replies
 
-Where several threads fit alike, a turn is of the one that had the last call, for those before it may be over; a repeat
-is of the one that was asked first.
+Where several threads fit alike, it is the one that had the last call: those before it may be over.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ class Threads:
         """The thread that a call belongs to and what it is there, in order of evidence; None for a new one."""
         if not digests:
             return None, "turn"
-        same = [t for t in self._asked.get((scope, digests[-1]), []) if t.end == digests[-1]]
+        same = [t for t in reversed(self._asked.get((scope, digests[-1]), [])) if t.end == digests[-1]]
         if announced := self._announced(same, retried):
             return announced
         beside = None

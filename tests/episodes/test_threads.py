@@ -1,5 +1,7 @@
 """Which conversation a call belongs to."""
 
+import pytest
+
 from episodes.threads import Threads
 
 
@@ -18,9 +20,9 @@ class Talk:
         self.threads = Threads()
         self.n = 0
 
-    def ask(self, messages, reply="ok", episode=None):
+    def ask(self, messages, reply="ok", episode=None, retried=None):
         self.n += 1
-        place = self.threads.place(f"c{self.n}", messages, episode)
+        place = self.threads.place(f"c{self.n}", messages, episode, retried)
         if reply is not Ellipsis:
             self.answer(place, reply)
         return place
@@ -68,6 +70,30 @@ def test_a_retry_after_a_failure_is_an_attempt_of_the_same_turn():
     again = talk.ask([user("a")], "one")
     assert (again.thread, again.turn, again.attempt) == (first.thread, 0, 1)
     assert talk.ask([user("a"), said("one"), user("b")]).turn == 1
+
+
+@pytest.mark.parametrize("begun", [[user("a")], [user("a"), said("one"), user("b")]])
+def test_a_retry_is_of_the_conversation_that_is_going_on_not_of_one_like_it_that_was_given_up(begun):
+    """One trial ends in an exception, for all attempts at a call fail; in the next one the second attempt is good."""
+    talk = Talk()
+
+    def trial(*replies):
+        places = [talk.ask(begun[:1], "one", retried=False)] if len(begun) > 1 else []
+        places += [talk.ask(begun, reply, retried=attempt > 0) for attempt, reply in enumerate(replies)]
+        (thread,) = {place.thread for place in places}
+        assert [place.attempt for place in places if place.turn == places[-1].turn] == list(range(len(replies)))
+        return thread
+
+    assert trial(None, None, None) != trial(None, "good")
+
+
+def test_a_repeat_of_which_there_is_no_sign_is_of_the_conversation_that_is_going_on():
+    """As a retry of a client without the SDK's header, or a reply that was rejected."""
+    talk = Talk()
+    messages = [user("a"), said("one"), user("b")]
+    for reply in (None, "two"):
+        given_up, going_on = ([talk.ask(messages[:1], "one"), talk.ask(messages, reply)] for _ in range(2))
+        assert talk.ask(messages, "again").thread == going_on[0].thread != given_up[0].thread
 
 
 def test_a_repeat_after_a_good_reply_is_an_attempt_once_the_talk_is_under_way():
