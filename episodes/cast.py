@@ -154,8 +154,8 @@ class Cast:
     ) -> Place:
         """Where a call that begins now belongs; arguments as `Threads.place`."""
         self._recognised |= part.role != "agent"
-        if not self._recognised and not retried:
-            retried = None  # many a client that is no benchmark retries by itself, and its SDK does not know
+        # A benchmark leaves it to its SDK, which says so or does not do it; many another client retries by itself.
+        retried = bool(retried) if self._recognised else retried or None
         told = self.dialect.told(part, messages) if messages else None
         place = self._threads.place(call, messages, episode, retried, lambda thread: self._awaits(thread, told))
         self._take(place, messages or [], part, episode is not None)

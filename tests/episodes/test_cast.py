@@ -12,6 +12,7 @@ from episodes.taubench import TauBench
 
 HI = {"role": "user", "content": "Hi! How can I help you today?"}
 POLICY = {"role": "system", "content": "# Retail agent policy"}
+WARM_UP = [{"role": "system", "content": "You are a user interacting with an agent.\nRules:\n- x"}, HI]
 
 
 def prompt(instruction):
@@ -143,11 +144,7 @@ def test_a_pair_changes_when_the_exchange_shows_that_it_was_another():
 
 def test_warm_ups_and_those_who_watch_them_are_in_no_task():
     world = World([])
-    warm_up = [{"role": "system", "content": "You are a user interacting with an agent.\nRules:\n- x"}, HI]
-    list(world.ask(warm_up, "Hello"))
-    shown = f"System: {warm_up[0]['content']}\nCustomer: {HI['content']}"
-    asked = "You are a supervisor of the Agent in the conversation.\n# Transcript:\n" + shown + "\n\n# Response:\nHello"
-    list(world.ask([{"role": "user", "content": asked}], "true"))
+    supervised(world, WARM_UP, "Hello", "true")
     assert [(group.episode, group.threads) for group in world.cast.groups()] == [(WARMUPS, ["t-c1", "t-c2"])]
 
 
@@ -268,6 +265,22 @@ def test_a_supervisor_watches_the_conversation_that_has_just_gone_on_not_one_lik
     first, second = ([history[:3] for history in world.histories[threads[0]]] for threads in users)
     assert first == [(0, 0, "turn"), (1, 0, "turn")]
     assert second == [(0, 0, "turn"), (1, 0, "turn"), (1, 1, "reask"), (1, 2, "reask")]
+
+
+@pytest.mark.parametrize("retried", [None, False])
+def test_a_benchmarks_first_call_is_no_retry_unless_its_client_says_so(retried):
+    """A trial ends as its first call fails, and the next one begins alike; litellm's hosted_vllm sends no header and
+    does not retry.
+    """
+    cast = Cast(TauBench())
+
+    def ask(call, messages, *replies):
+        place = cast.place(call, messages, cast.dialect.part(messages), retried=retried)
+        cast.replied(place, [said(reply) for reply in replies])
+        return place
+
+    ask("c1", WARM_UP, "Hello!")
+    assert [ask(call, [prompt("buy"), HI]).thread for call in ("c2", "c3")] == ["t-c2", "t-c3"]
 
 
 def test_a_client_that_is_no_benchmark_gets_an_episode_a_thread():
