@@ -357,18 +357,29 @@ def _identity(result: Result) -> bytes:
 
 
 def _by_transcript(results: list[Result], known: list[Attempt]) -> Fitting:
-    """result → the attempts that it tells of, those first that were linked to it before, then those not linked yet."""
+    """result → the attempts that it tells of, those first that were linked to it before, then those not linked yet.
+
+    Of its own task if there are any; the results that have none come last, for they are to take nobody else's.
+    """
     by_end: dict[int, list[Attempt]] = {}
     for attempt in known:
         for end in attempt.ends:
             by_end.setdefault(end, []).append(attempt)
     fitting: Fitting = {}
+    doubtful: Fitting = {}
     for result in results:
         # The last message is what the last action led to; the agent was not asked again.
         *_, end = prefix_digests(result.traj[:-1] or result.traj)
         fits = [attempt for attempt in by_end.get(end, []) if _ends_so(result, attempt)]
-        fitting[result] = sorted(fits, key=lambda attempt: _linked_before(result, attempt))
-    return fitting
+        mine = [attempt for attempt in fits if not _of_another_task(result, attempt)]
+        # Agents that were told the same may have each other's user, so that a transcript says more than an instruction.
+        into = fitting if mine else doubtful
+        into[result] = sorted(mine or fits, key=lambda attempt: _linked_before(result, attempt))
+    return fitting | doubtful
+
+
+def _of_another_task(result: Result, attempt: Attempt) -> bool:
+    return None not in (result.instruction, attempt.instruction) and result.instruction != attempt.instruction
 
 
 def _ends_so(result: Result, attempt: Attempt) -> bool:

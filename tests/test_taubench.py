@@ -27,7 +27,7 @@ from episodes.store import Store
 from episodes.taubench import Result, find_links, read_results, read_tasks
 from episodes.verify import problems
 from tests.conftest import free_port, until
-from tests.player import POLICY, Task, play
+from tests.player import HI, POLICY, Task, play, simulator_prompt
 from tests.stub import MODEL, Running, Stub
 
 ROOT = Path(__file__).parent.parent
@@ -290,30 +290,58 @@ def test_a_file_that_is_no_results_file_is_refused(content, says, tmp_path):
 
 
 def recorded(tmp_path, *talks):
-    """A run with an agent's call per (user says, agent replies)."""
+    """A run with an agent's call per (user says, agent replies); of (…, …, instruction) also its user's last one."""
     store = Store(Layout(tmp_path / "r"))
-    for i, (said, reply) in enumerate(talks):
-        messages = [{"role": "system", "content": POLICY}, {"role": "user", "content": said}]
-        place = {"id": f"c{i}", "thread": f"t-c{i}", "episode": f"t-c{i}", "turn": 0, "attempt": 0, "endpoint": "/v1"}
+
+    def commit(number, role, messages, reply):
+        place = {"id": f"{role}{number}", "thread": f"t-{role}{number}", "episode": f"t-c{number}", "role": role}
         texts = {
             "request": json.dumps({"messages": messages}),
             "reply": json.dumps({"choices": [{"message": {"role": "assistant", "content": reply}}]}),
         }
-        store.commit(Call(**place, **texts, model="m", started=float(i), ended=i + 0.5, status=200))
+        times = {"started": float(number), "ended": number + 0.5}
+        store.commit(Call(**place, **texts, **times, turn=0, attempt=0, endpoint="/v1", model="m", status=200))
+
+    for i, (said, reply, *instruction) in enumerate(talks):
+        commit(i, "agent", [{"role": "system", "content": POLICY}, {"role": "user", "content": said}], reply)
+        if any(instruction):
+            prompt = {"role": "system", "content": simulator_prompt(*instruction, "llm")}
+            heard = [{"role": "assistant", "content": said}, {"role": "user", "content": reply}]
+            commit(i, "user", [prompt, HI, *heard], "###STOP###")
     store.close()
     return open_run(tmp_path / "r")
 
 
-def result(said, reply, task_id=0, trial=0, source="a.json", info=None):
+def result(said, reply, task_id=0, trial=0, source="a.json", instruction=None):
     traj = [("system", POLICY), ("user", said), ("assistant", reply), ("user", "###STOP###")]
     messages = [{"role": role, "content": text} for role, text in traj]
-    return Result(task_id, 1.0, info or {}, messages, trial, source)
+    info = {"task": {"instruction": instruction}} if instruction else {}
+    return Result(task_id, 1.0, info, messages, trial, source)
 
 
 def test_trials_that_went_the_same_way_are_told_apart_by_their_order_and_no_tie(tmp_path):
     run = recorded(tmp_path, ("Hi", "a"), ("Hi", "a"))
     found = find_links(run.history, [result("Hi", "a", trial=1), result("Hi", "a", trial=0)])
     assert [(link.episode, link.trial, link.tied) for link in found.links] == [("t-c0", 0, []), ("t-c1", 1, [])]
+
+
+@pytest.mark.parametrize(
+    ("instructions", "links"),
+    [
+        (["Be one.", "Be zero."], {"t-c0": "1", "t-c1": "0"}),
+        (["Be one.", None], {"t-c0": "1", "t-c1": "0"}),
+        (["Be one."], {"t-c0": "1"}),
+        (["Be two."], {"t-c0": "0"}),
+    ],
+    ids=["both known", "a user that is not there", "an episode that is not there", "another's user"],
+)
+def test_tasks_that_went_the_same_way_are_told_apart_by_their_instructions_and_no_tie(tmp_path, instructions, links):
+    """Whatever the order in which they began; a transcript that only one episode has is joined all the same."""
+    run = recorded(tmp_path, *(("Hi", "a", instruction) for instruction in instructions))
+    results = [result("Hi", "a", 0, instruction="Be zero."), result("Hi", "a", 1, instruction="Be one.")]
+    found = find_links(run.history, results)
+    assert {link.episode: link.task_id for link in found.links} == links
+    assert not any(link.tied for link in found.links)
 
 
 def test_results_of_two_files_that_fit_the_same_episodes_are_tied(tmp_path):
