@@ -307,10 +307,11 @@ def _pairs(actors: list[Actor]) -> tuple[dict[Actor, Actor], dict[Actor, list[Ac
             break
         fitting = candidates(agents, users, n_open, timed)
         found = match(fitting)
-        taken = {user: agent for agent, user in found.items()}
         pairs |= found
-        for agent in found:
-            tied[agent] = ties(agent, fitting, taken) if timed else _like(found[agent], pairs.values())
+        if timed:
+            tied |= ties(fitting, found)
+        else:
+            tied |= {agent: _like(user, pairs.values()) for agent, user in found.items()}
     return pairs, tied
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Set
 from typing import TypeVar
 
 A = TypeVar("A", bound=Hashable)
@@ -45,20 +45,27 @@ def _asking(first: A, fitting: Mapping[A, list[B]], taken: Mapping[B, A]) -> dic
     return asking
 
 
-def ties(one: A, fitting: Mapping[A, list[B]], taken: Mapping[B, A]) -> list[B]:
-    """The candidates that `one` could have just as well, all others still having one. taken: the matching, reversed"""
-    return [other for other in fitting.get(one, []) if taken.get(other) != one and _yields(other, one, fitting, taken)]
+def ties(fitting: Mapping[A, list[B]], pairs: Mapping[A, B]) -> dict[A, list[B]]:
+    """one → the candidates that it could have just as well, all others still having one. pairs: a matching"""
+    freed: dict[B, set[B]] = {}  # candidate → those that their holders would leave for it
+    for one, own in pairs.items():
+        for other in fitting[one]:
+            freed.setdefault(other, set()).add(own)
+    anyway = _to_be_had(freed.keys() - set(pairs.values()), freed)
+    found = {}
+    for one, own in pairs.items():
+        swapped = _to_be_had({own}, freed)
+        found[one] = [other for other in fitting[one] if other != own and (other in anyway or other in swapped)]
+    return found
 
 
-def _yields(other: B, to: A, fitting: Mapping[A, list[B]], taken: Mapping[B, A]) -> bool:
-    """Whether `to` can take `other`: whoever has it takes another, and so on, down to a free one or the one it had."""
-    seen: set[B] = set()
-    queue = deque([other])
+def _to_be_had(ends: Set[B], freed: Mapping[B, set[B]]) -> Set[B]:
+    """The candidates that can be had if these can: their holders take one of these instead, or one to be had so."""
+    # What is found is looked for no more, so that where everybody fits everybody all steps but the first cost nothing.
+    left = freed.keys() - ends
+    queue = list(ends)
     while queue:
-        candidate = queue.popleft()
-        if taken.get(candidate, to) == to:
-            return True
-        if candidate not in seen:
-            seen.add(candidate)
-            queue.extend(fitting[taken[candidate]])
-    return False
+        more = freed[queue.pop()] & left
+        left -= more
+        queue += more
+    return freed.keys() - left

@@ -338,8 +338,9 @@ def find_links(
         fitting |= {result: fits[result] for result in found}
         by.update(dict.fromkeys(found, kind))
     envs = {result.source: attempt.env for result, attempt in pairs.items() if attempt.env}
+    tied = _tied(fitting, pairs)
     links = [
-        _link(result, attempt, by[result], env or envs.get(result.source), split, _tied(result, fitting, pairs))
+        _link(result, attempt, by[result], env or envs.get(result.source), split, tied[result])
         for result, attempt in pairs.items()
     ]
     linked = {link.episode for link in links} | {a.episode.id for a in known if a.episode.link is not None}
@@ -438,16 +439,15 @@ def _left_over(
     return dict(zip(tasks, left, strict=True)) if len(tasks) == len(left) else {}
 
 
-def _tied(result: Result, fitting: Fitting, pairs: Mapping[Result, Attempt]) -> list[str]:
-    """Other episodes that the result fits. Trials of one file follow each other, which tells equal ones apart."""
-    if len(fitting[result]) < 2:
-        return []
-    rivals = [other for other in pairs if set(fitting[other]) & set(fitting[result])]
-    contested = {attempt for other in rivals for attempt in fitting[other]}
-    if len({(other.source, other.task_id) for other in rivals}) == 1 and len(rivals) == len(contested):
-        return []
-    taken = {attempt: other for other, attempt in pairs.items()}
-    return [attempt.episode.id for attempt in ties(result, fitting, taken)]
+def _tied(fitting: Fitting, pairs: Mapping[Result, Attempt]) -> dict[Result, list[str]]:
+    """result → other episodes that it fits. Trials of one file follow each other, which tells equal ones apart."""
+    found = {}
+    for result, others in ties(fitting, pairs).items():
+        rivals = [other for other in pairs if set(fitting[other]) & set(fitting[result])] if others else []
+        contested = {attempt for other in rivals for attempt in fitting[other]}
+        ordered = len({(other.source, other.task_id) for other in rivals}) == 1 and len(rivals) == len(contested)
+        found[result] = [] if ordered else [attempt.episode.id for attempt in others]
+    return found
 
 
 def _link(result: Result, attempt: Attempt, by: By, env: str | None, split: str | None, tied: list[str]) -> Link:
