@@ -2,9 +2,9 @@
 
 python benchmarks/threads.py [CALLS]
 
-Plays tau-bench's two sides, 16 tasks at once, of 60 messages each, without a network; a task's threads are closed 64
-tasks later, as a proxy does when it has sealed them. Pairing everything that is open, which a proxy does when it looks
-for episodes to seal, is timed apart.
+Plays tau-bench's two sides, 16 tasks at once, of a warm-up and 60 messages each, without a network; a task's threads
+are closed 64 tasks later, as a proxy does when they have been quiet. Pairing everything that is open, which a proxy
+does when it looks for episodes to seal, is timed apart.
 """
 
 from __future__ import annotations
@@ -55,8 +55,12 @@ class Meter:
 
 def task(meter: Meter, number: int) -> Iterator[str]:
     """One task, a call at a time; yields threads."""
-    prompt = f"You are a user interacting with an agent.\n\nInstruction: You are {number}.\n\nRules:\n- Be brief."
-    user: list[JSON] = [{"role": "system", "content": prompt}, {"role": "user", "content": "Hi!"}]
+    begin, rules = "You are a user interacting with an agent.", "\nRules:\n- Be brief."
+    warm_up, user = (
+        [{"role": "system", "content": f"{begin}{told}{rules}"}, {"role": "user", "content": "Hi!"}]
+        for told in ("", f"\n\nInstruction: You are {number}.\n")
+    )
+    yield meter.call(warm_up, {"role": "assistant", "content": "Hello!"})
     agent: list[JSON] = [{"role": "system", "content": POLICY}]
     while len(agent) < N_MESSAGES + 2:
         said = {"role": "assistant", "content": f"Message {len(user)} of {number}."}

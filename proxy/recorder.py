@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from episodes.cast import Cast, Group, Part
+from episodes.cast import WARMUPS, Cast, Group, Part
 from episodes.errors import CaptureLost, CorruptFile, NotStored, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
@@ -403,6 +403,9 @@ class Recording:
                 await self._fill(self._backfill, group.episode)
             if self._quiet(group, since):
                 self._close(group)
+            elif group.episode == WARMUPS:
+                # Every task that begins adds one, and they look alike, so that each costs the next ones something.
+                self._forget([thread for thread in group.threads if self._idle(thread, since)])
         for episode in sorted(self._ending & self._store.history.episodes.keys()):
             if self._deadline.over:
                 break
@@ -433,17 +436,21 @@ class Recording:
 
     def _quiet(self, group: Group, since: float) -> bool:
         """Whether nobody in the group says anything; who could stand in it as well may yet tell them apart."""
-        return all(
-            not self._pending[thread] and self._touched.get(thread, since) <= since
-            for thread in (*group.threads, *group.tied)
-        )
+        return all(self._idle(thread, since) for thread in (*group.threads, *group.tied))
+
+    def _idle(self, thread: str, since: float) -> bool:
+        return not self._pending[thread] and self._touched.get(thread, since) <= since
 
     def _close(self, group: Group) -> None:
         """Let nothing continue an episode's threads any more: it is to be sealed."""
-        self._cast.close(group.threads)
-        self._workers.close([*group.threads, group.episode])
+        self._forget(group.threads)
+        self._workers.close([group.episode])
         self._ending.add(group.episode)
-        for thread in group.threads:
+
+    def _forget(self, threads: list[str]) -> None:
+        self._cast.close(threads)
+        self._workers.close(threads)
+        for thread in threads:
             self._touched.pop(thread, None)
 
     async def finish(self) -> Totals:
