@@ -100,6 +100,8 @@ class Threads:
             else:
                 thread.attempt += 1
                 thread.reasked |= kind == "reask"
+                # A good reply that an SDK does not know of got lost on its way: nobody can have rejected it.
+                thread.n_good -= kind == "retry" and not thread.failed and not thread.busy
             thread.end = digests[-1] if digests else None
             thread.busy, thread.failed, thread.rejected = True, False, False
             self._n_placed += 1

@@ -105,6 +105,17 @@ def test_a_repeat_after_a_good_reply_is_an_attempt_once_the_talk_is_under_way():
     assert talk.ask([*messages, said("three"), user("c")]).turn == 2
 
 
+def test_a_reply_that_got_lost_on_its_way_is_none_of_those_that_may_be_rejected():
+    """Of three that a simulator is asked for at the most."""
+    talk = Talk()
+    places = [talk.ask([user("a")], "lost"), talk.ask([user("a")], "one", retried=True)]
+    for reply in ("two", "three", "another conversation"):
+        talk.threads.rejected(places[0].thread, 3)
+        places.append(talk.ask([user("a")], reply, retried=False))
+    assert [place.kind for place in places] == ["turn", "retry", "reask", "reask", "turn"]
+    assert [place.thread for place in places] == ["t-c1"] * 4 + ["t-c5"]
+
+
 def test_a_conversation_repeated_word_for_word_is_another_one_to_its_end():
     """A second trial at temperature 0: its last turn is no attempt of the first trial's, which got its reply."""
     talk = Talk()
