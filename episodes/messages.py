@@ -112,7 +112,8 @@ def canonical(message: JSON) -> tuple[str, str, bytes]:
     Clients send messages back changed: with extra keys, null for empty content, arguments serialised anew, and
     (tau-bench) only the first tool call. All of that makes no difference here.
     """
-    return str(message.get("role")), text_of(message), _first_call(message.get("tool_calls"))
+    call = first_call(message)
+    return str(message.get("role")), text_of(message), b"" if call is None else _sorted.encode(call)
 
 
 def text_of(message: JSON) -> str:
@@ -123,14 +124,18 @@ def text_of(message: JSON) -> str:
     return content if isinstance(content, str) else str(content)
 
 
-def _first_call(calls: Any) -> bytes:
+def first_call(message: JSON) -> tuple[Any, Any] | None:
+    """The name and the arguments of a message's first tool call, these parsed if they are an object's JSON; None if it
+    has none.
+    """
+    calls = message.get("tool_calls")
     call = calls[0] if calls and isinstance(calls, list) else None
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
-        return b""
+        return None
     arguments = function.get("arguments")
     parsed = parse_object(arguments) if isinstance(arguments, str) else None
-    return _sorted.encode([function.get("name"), arguments if parsed is None else parsed])
+    return function.get("name"), arguments if parsed is None else parsed
 
 
 def prefix_digests(messages: Iterable[JSON], before: int = 0) -> Iterator[int]:

@@ -22,7 +22,7 @@ from episodes.cast import WARMUPS, Dialect, Part, Watch
 from episodes.errors import BadInput
 from episodes.history import Episode, History
 from episodes.matching import match, ties
-from episodes.messages import JSON, chat, parse_object, prefix_digests, reply_messages, text_of
+from episodes.messages import JSON, chat, first_call, parse_object, prefix_digests, reply_messages, text_of
 from episodes.records import Call, Link
 
 USER = "You are a user interacting with an agent."
@@ -69,7 +69,10 @@ class TauBench(Dialect):
     def says(self, part: Part, reply: JSON) -> str | None:
         text = text_of(reply)
         if part.role == "agent":
-            return _response(text) if part.strategy in TEXT_AGENTS else None if reply.get("tool_calls") else text
+            if part.strategy in TEXT_AGENTS:
+                return _response(text)
+            call = first_call(reply)
+            return text if call is None else _responded(*call)
         if part.role == "user":
             return _user_response(text) if part.strategy == "react" else text
         return None
@@ -121,8 +124,12 @@ def _response(text: str) -> str | None:
     fields = parse_object(action)
     if fields is None:
         return action
-    arguments = fields.get("arguments")
-    content = arguments.get("content") if fields.get("name") == "respond" and isinstance(arguments, dict) else None
+    return _responded(fields.get("name"), fields.get("arguments"))
+
+
+def _responded(name: object, arguments: object) -> str | None:
+    """What a tool call says to the user; None if it is another tool than that for it."""
+    content = arguments.get("content") if name == "respond" and isinstance(arguments, dict) else None
     return content if isinstance(content, str) else None
 
 

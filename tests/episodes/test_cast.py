@@ -1,5 +1,6 @@
 """Who speaks with whom, in any order in which it can have happened."""
 
+import json
 import random
 from collections import defaultdict
 
@@ -45,7 +46,7 @@ class World:
             place = self.cast.place(f"c{self.n}", messages, part, retried=attempt > 0)
             good = attempt == failures
             yield
-            self.cast.replied(place, [said(reply)] if good else [])
+            self.cast.replied(place, [said(reply) if isinstance(reply, str) else reply] if good else [])
             self.histories.setdefault(place.thread, []).append(
                 (place.turn, place.attempt, place.kind, [*messages], reply if good else None)
             )
@@ -281,6 +282,22 @@ def test_a_benchmarks_first_call_is_no_retry_unless_its_client_says_so(retried):
 
     ask("c1", WARM_UP, "Hello!")
     assert [ask(call, [prompt("buy"), HI]).thread for call in ("c2", "c3")] == ["t-c2", "t-c3"]
+
+
+def test_an_agent_that_calls_a_tool_named_respond_speaks_to_the_user():
+    """As in tau-bench, whatever it called beside it."""
+    world = World([])
+    user, agent = [prompt("buy"), HI], [POLICY, {"role": "user", "content": "Hi!"}]
+    list(world.ask(user, "Hi!"))
+    calls = [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": json.dumps({"content": "Who?"})}}
+        for name in ("respond", "look")
+    ]
+    asked = {"role": "assistant", "content": None, "tool_calls": calls}
+    list(world.ask(agent, asked))
+    list(world.ask([*user, said("Hi!"), {"role": "user", "content": "Who?"}], "me"))
+    list(world.ask([*agent, asked, {"role": "user", "content": "me"}], "Bye."))
+    assert [group.threads for group in world.cast.groups()] == [["t-c2", "t-c1"]]
 
 
 def test_a_client_that_is_no_benchmark_gets_an_episode_a_thread():
