@@ -153,7 +153,6 @@ class Cast:
         retried: bool | None = None,
     ) -> Place:
         """Where a call that begins now belongs; arguments as `Threads.place`."""
-        self._recognised |= part.role != "agent"
         # A benchmark leaves it to its SDK, which says so or does not do it; many another client retries by itself.
         retried = bool(retried) if self._recognised else retried or None
         told = self.dialect.told(part, messages) if messages else None
@@ -168,7 +167,9 @@ class Cast:
             self._hear(place, reply)
 
     def replay(self, calls: Iterable[Call]) -> None:
-        """Take in calls that were recorded before, in the order of their times; nothing goes on from them."""
+        """Take in calls that another process placed, in the order of their times. One that it had not recorded is a
+        call that failed.
+        """
         events = []
         for call in calls:
             if call.role == BACKFILL:
@@ -178,10 +179,11 @@ class Cast:
         for _, over, call in sorted(events, key=lambda event: event[:2]):
             place = Place(call.episode, call.thread, call.turn, call.attempt, call.kind)
             if over:
-                for reply in reply_messages(parse_object(call.reply) or {}) if call.status == 200 else []:
-                    self._hear(place, reply)
+                good = call.status == 200 and call.error is None
+                self.replied(place, reply_messages(parse_object(call.reply) or {}) if good else [])
             else:
                 messages = chat(parse_object(call.request)) or []
+                self._threads.replay(place, messages, call.named)
                 self._take(place, messages, self.dialect.part(messages), call.named)
 
     def close(self, threads: Iterable[str]) -> None:
@@ -198,6 +200,7 @@ class Cast:
 
     def _take(self, place: Place, messages: list[JSON], part: Part, named: bool) -> None:
         """A call has begun."""
+        self._recognised |= part.role != "agent"
         self._clock += 1
         actor = self._actors.get(place.thread)
         if actor is None:

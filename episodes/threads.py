@@ -93,22 +93,35 @@ class Threads:
             thread, kind = self._find(digests, messages or [], episode, retried, meant)
             if thread is None:
                 thread = self._threads[f"t-{call}"] = Thread(f"t-{call}", episode or f"t-{call}", episode)
-            self._forget(thread)
-            if kind == "turn":
-                thread.turn, thread.attempt, thread.n_good, thread.ends = thread.turn + 1, 0, 0, []
-                thread.asked, thread.reasked = digests[-1] if digests else None, False
-            else:
-                thread.attempt += 1
-                thread.reasked |= kind == "reask"
-                # A good reply that an SDK does not know of got lost on its way: nobody can have rejected it.
-                thread.n_good -= kind == "retry" and not thread.failed and not thread.busy
-            thread.end = digests[-1] if digests else None
-            thread.busy, thread.failed, thread.rejected = True, False, False
-            self._n_placed += 1
-            thread.placed = self._n_placed
-            for key in self._asked_keys(thread):
-                self._asked.setdefault(key, []).append(thread)
-            return Place(thread.episode, thread.id, thread.turn, thread.attempt, kind)
+            turn, attempt = (thread.turn + 1, 0) if kind == "turn" else (thread.turn, thread.attempt + 1)
+            place = Place(thread.episode, thread.id, turn, attempt, kind)
+            self._enter(thread, place, digests)
+            return place
+
+    def replay(self, place: Place, messages: list[JSON], named: bool) -> None:
+        """Take in a call that another process placed. named: the client said in which episode."""
+        with self._lock:
+            scope = place.episode if named else None
+            thread = self._threads.setdefault(place.thread, Thread(place.thread, place.episode, scope))
+            self._enter(thread, place, list(prefix_digests(messages)))
+
+    def _enter(self, thread: Thread, place: Place, digests: list[int]) -> None:
+        """A call of the thread has begun."""
+        self._forget(thread)
+        if place.kind == "turn":
+            thread.n_good, thread.ends = 0, []
+            thread.asked, thread.reasked = digests[-1] if digests else None, False
+        else:
+            thread.reasked |= place.kind == "reask"
+            # A good reply that an SDK does not know of got lost on its way: nobody can have rejected it.
+            thread.n_good -= place.kind == "retry" and not thread.failed and not thread.busy
+        thread.turn, thread.attempt = place.turn, place.attempt
+        thread.end = digests[-1] if digests else None
+        thread.busy, thread.failed, thread.rejected = True, False, False
+        self._n_placed += 1
+        thread.placed = self._n_placed
+        for key in self._asked_keys(thread):
+            self._asked.setdefault(key, []).append(thread)
 
     def replied(self, place: Place, replies: list[JSON]) -> None:
         """The call at `place` is over; `replies` are its choices' messages, none if it failed."""

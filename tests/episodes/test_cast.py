@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from episodes.cast import WARMUPS, Cast, Dialect
+from episodes.records import Call
 from episodes.taubench import TauBench
 
 HI = {"role": "user", "content": "Hi! How can I help you today?"}
@@ -308,6 +309,62 @@ def test_a_client_that_is_no_benchmark_gets_an_episode_a_thread():
         groups = world.cast.groups()
         assert [group.episode for group in groups] == [group.threads[0] for group in groups] == ["t-c1", "t-c2", "t-c3"]
         assert all(group.user_strategy is None and not group.tied for group in groups)
+
+
+def verified_task():
+    """The calls of a task of the verify strategy: messages, reply."""
+    user, agent = [prompt("buy"), HI], [POLICY]
+    for said_by_user, verdicts, answer in (("Hi!", ["true"], "Who?"), ("Me.", ["false", "true"], "Done.")):
+        for verdict in verdicts:
+            yield [*user], said_by_user
+            yield watched(user, said_by_user), verdict
+        agent.append({"role": "user", "content": said_by_user})
+        yield [*agent], answer
+        agent.append(said(answer))
+        user += [said(said_by_user), {"role": "user", "content": answer}]
+    yield user, "###STOP###"
+
+
+def played(killed_at=None, begun=False):
+    """The places of a task's calls, and the groups at the end. Before call number `killed_at` another process takes
+    over that knows the calls so far; begun: and that one, which had no reply, and which its client sends again.
+    """
+    cast, calls, places = Cast(TauBench()), [], []
+
+    def ask(call, messages, *replies, retried=False):
+        part = cast.dialect.part(messages)
+        place = cast.place(call, messages, part, retried=retried)
+        at = 2.0 * len(calls)
+        request, reply = {"messages": messages}, {"choices": [{"message": said(reply)} for reply in replies]}
+        texts = {"request": json.dumps(request), "reply": json.dumps(reply)}
+        fields = {"role": part.role, "endpoint": "/v1", "model": "m", "status": 200 if replies else 0, **texts}
+        calls.append(Call(id=call, **place._asdict(), started=at, first_byte=at + 1, ended=at + 9, **fields))
+        if replies:
+            cast.replied(place, [said(reply) for reply in replies])
+        return place
+
+    for n, (messages, reply) in enumerate(verified_task()):
+        again = begun and n == killed_at
+        if again:
+            ask(f"c{n}", messages)
+        if n == killed_at:
+            before, cast = cast.groups(), Cast(TauBench())
+            cast.replay(calls)
+            assert cast.groups() == before
+        places.append(ask("again" if again else f"c{n}", messages, reply, retried=again))
+    return places, cast.groups()
+
+
+@pytest.mark.parametrize("killed_at", range(1, 9))
+def test_conversations_go_on_where_they_were_when_another_process_takes_over(killed_at):
+    assert played(killed_at) == played()
+
+
+@pytest.mark.parametrize("killed_at", range(9))
+def test_what_was_under_way_when_another_process_took_over_is_tried_again_in_its_place(killed_at):
+    (places, groups), (expected, as_before) = played(killed_at, begun=True), played()
+    assert [place[:3] for place in places] == [place[:3] for place in expected]
+    assert places[killed_at].kind == "retry" and groups == as_before
 
 
 def test_what_is_closed_is_forgotten():

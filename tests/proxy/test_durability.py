@@ -76,6 +76,22 @@ def test_a_proxy_killed_right_after_a_reply_has_named_the_call_and_the_next_one_
     assert run.layout.begun.stat().st_size == 0
 
 
+def test_a_conversation_goes_on_where_it_was_when_its_proxy_was_killed(stub, tmp_path):
+    """As one does whose SDK tries again until there is a proxy."""
+    proxy = ProxyProcess([stub], tmp_path)
+    try:
+        messages = converse(proxy.client(), "talk", 2)
+        until(lambda: len(open_run(tmp_path / "r").history.calls) == 2, "both calls in the journal")
+    finally:
+        proxy.end(signal.SIGKILL)
+    with proxy_to(stub.url, tmp_path) as proxy:
+        proxy.client().chat.completions.create(model=MODEL, messages=[*messages, user("And now?")])
+    run = proxy.open()
+    (episode,) = run.episodes.to_pylist()
+    assert (episode["n_calls"], episode["n_turns"], episode["status"]) == (3, 3, "sealed")
+    check_rows(run)
+
+
 def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, tmp_path, http):
     """As after a proxy that died between the commit and the telling; other clients' calls are left alone."""
     with proxy_to(stub.url, tmp_path) as proxy:
