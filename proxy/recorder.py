@@ -405,7 +405,7 @@ class Recording:
                 self._close(group)
             elif group.episode == WARMUPS:
                 # Every task that begins adds one, and they look alike, so that each costs the next ones something.
-                self._forget([thread for thread in group.threads if self._idle(thread, since)])
+                self._close_threads([thread for thread in group.threads if self._idle(thread, since)])
         for episode in sorted(self._ending & self._store.history.episodes.keys()):
             if self._deadline.over:
                 break
@@ -443,11 +443,11 @@ class Recording:
 
     def _close(self, group: Group) -> None:
         """Let nothing continue an episode's threads any more: it is to be sealed."""
-        self._forget(group.threads)
+        self._close_threads(group.threads)
         self._workers.close([group.episode])
         self._ending.add(group.episode)
 
-    def _forget(self, threads: list[str]) -> None:
+    def _close_threads(self, threads: list[str]) -> None:
         self._cast.close(threads)
         self._workers.close(threads)
         for thread in threads:
