@@ -133,7 +133,9 @@ async def compare(url: str, server: psutil.Process, data: Path, rounds: int) -> 
         await ready(session, url)
 
         def backend(name: str, spool_dir: Path | None = None) -> Backend:
-            return Backend(f"{url}/{name}", session, spool_dir=spool_dir)
+            found = Backend(url, session, spool_dir=spool_dir)
+            found.url += f"/{name}"
+            return found
 
         ways: dict[str, Way] = {
             "HTTP": backend("tmpfs", data / "nowhere").claim,

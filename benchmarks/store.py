@@ -84,7 +84,8 @@ async def record(url: str, layout: Layout) -> tuple[list[float], float]:
     took = []
     async with aiohttp.ClientSession(auto_decompress=False) as session:
         await ready(session, url)
-        backend = Backend(f"{url}/{layout.root.name}", session)
+        backend = Backend(url, session)
+        backend.url += f"/{layout.root.name}"
         begun = time.perf_counter()
         for number in range(RUNS[layout.root.name][0]):
             call = a_call(f"c-{number}", f"e{number // EPISODE}", number % EPISODE, [], [])
