@@ -213,7 +213,7 @@ def opening(layout: Layout, n_calls: int) -> None:
         "pyarrow": lambda: pq.read_table(shard, columns=["call", "position", point]),
         "by its calls": lambda: [call.activations(point) for call in runs.pop().episode("e0")],
     }
-    best = seconds(shard.read_bytes) / len(POINTS)
+    best = statistics.median(seconds(shard.read_bytes) for _ in range(7)) / len(POINTS)
     n_bytes = EPISODE * RUNS["large-disk"][1] * HIDDEN * 2
     for way, read_layer in ways.items():
         took = statistics.median(seconds(read_layer) for _ in range(7))
