@@ -77,7 +77,9 @@ class Edit:
         tap.defer_exceptions = True
 
     def run(self, rows: list[Rows], total: int, fail: Callable[[str, str], None], forward: Callable[[], Any]) -> Any:
-        """What `forward`, a pass of `total` rows, returns with these edited; `fail(request, reason)` where it fails."""
+        """What `forward`, a pass of `total` rows, returns with these edited; `fail(request, reason)` where it fails. If
+        the pass cannot go on, it is done again without them.
+        """
         tap = self._tap
         blocks = [self._block(r) for r in rows]
         tap.batcher = VLLMBatcher(None)
@@ -87,11 +89,17 @@ class Edit:
             for block in blocks:
                 block.begin(tap)
             tap.reindex()
-            output = forward()
-            for block in blocks:
-                error = block.end()
-                if error is not None:
-                    fail(block.rows.request, f"{self._location}: {type(error).__name__}: {error}")
+            errors: list[BaseException | None]
+            try:
+                output = forward()
+                errors = [block.end() for block in blocks]
+            except Exception as error:  # what is assigned may not fit the batch, and a skip has to cover all of it
+                tap.mediators, errors = [], [error] * len(blocks)
+                output = forward()
+                tap.mediators = blocks
+            for block, why in zip(blocks, errors, strict=True):
+                if why is not None:
+                    fail(block.rows.request, f"{self._location}: {type(why).__name__}: {why}")
             return output
         finally:
             tap.cancel()
