@@ -26,10 +26,10 @@ class Hole(NamedTuple):
     n_missing: int
     stop: int
 
-    @property
-    def prompt(self) -> list[int]:
-        """The token ids to run."""
-        return [int(token) for token in self.sequence.tokens[: self.stop]]
+    def prompt(self, edit: str = "") -> list[int]:
+        """The token ids to run. edit: as in `unfillable`; it may look at a prompt's length, so that one is run whole"""
+        stop = max(self.stop, len(self.sequence.prompt_token_ids)) if edit else self.stop
+        return [int(token) for token in self.sequence.tokens[:stop]]
 
     @property
     def tokens(self) -> Tokens:

@@ -58,20 +58,21 @@ class Backfill:
     async def _mend(self, call: Call) -> int:
         """Fill a call's holes; returns the rows stored. BadRun, with the reason, for what no re-run can give."""
         history, model, n_rows = self._store.history, self._store.run.recorded, 0
-        if reason := await self._on_disk(unfillable, call, history, model.edit if model else ""):
+        edit = model.edit if model else ""
+        if reason := await self._on_disk(unfillable, call, history, edit):
             raise BadRun(reason)
         found = holes([call], history)
         while (hole := await self._on_disk(next, found, None)) is not None:
-            n_rows += await self._run_again(hole)
+            n_rows += await self._run_again(hole, edit)
         return n_rows
 
-    async def _run_again(self, hole: Hole) -> int:
+    async def _run_again(self, hole: Hole, edit: str) -> int:
         capture = Capture(f"c-{uuid.uuid4().hex[:16]}", uuid.uuid4().hex, tuple(hole.call.points), hole.tokens)
         draft = self._store.draft(capture.call)
         backend = self._workers.idlest
         started = time.time()
         try:
-            await backend.compute(hole.call.model, hole.prompt, capture)
+            await backend.compute(hole.call.model, hole.prompt(edit), capture)
             await backend.claim(capture.call, draft)
             filler = hole.filler(capture.call, started, time.time())
             stored: Call = await self._on_disk(self._store.fill, filler, draft)

@@ -20,7 +20,7 @@ def found(writer):
 
 def run_again(writer, hole, name="b1", points=POINTS, prompt=None):
     """The claim of what a worker would compute for a hole."""
-    prompt = hole.prompt if prompt is None else prompt
+    prompt = hole.prompt() if prompt is None else prompt
     file = SpoolFile(writer.spool, name, 0, points, "BF16", MODEL.hidden_size, prompt)
     rows = np.array([[vector(prompt, p, point) for point in points] for p in range(len(prompt))], ml_dtypes.bfloat16)
     file.append(0, np.array(prompt, np.int32), rows.view(np.uint8))
@@ -37,10 +37,11 @@ def test_a_call_that_found_lost_rows_in_the_cache_has_a_hole_that_one_re_run_fil
     writer = Writer(tmp_path)
     writer.commit("c1", [1, 2, 3, 4, 5], [6, 7], computed=3)
     writer.commit("c2", [1, 2, 3, 9], [8], computed=3, episode="f")
-    assert [(h.call.id, h.prompt, h.n_missing, h.tokens) for h in found(writer)] == [
+    assert [(h.call.id, h.prompt(), h.n_missing, h.tokens) for h in found(writer)] == [
         ("c1", [1, 2, 3], 3, "prompt"),
         ("c2", [1, 2, 3], 3, "prompt"),
     ]
+    assert found(writer)[0].prompt("steer.py:steer 0") == [1, 2, 3, 4, 5], "an edit may look at how long the prompt is"
     pending = holes(writer.store.calls(), writer.store.history)
     hole = next(pending)
     filler = writer.store.fill(hole.filler("b1", 3.0, 4.0), run_again(writer, hole))
