@@ -35,7 +35,7 @@ Prefix caching and chunked prefill stay on. The model runs eagerly, unless --cap
 ONE_SERVER = "the activations of a call are known to one API server only: leave it out"
 REPLICAS = "start one worker for each replica, and give the proxy all of them: --backend URL --backend URL"
 STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
-PLAIN = (None, "1", "mp", "uni")
+PLAIN = ("1", "mp", "uni")
 REFUSED = {
     "--config": "what it sets would not be looked at here: give the flags themselves",
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
@@ -84,14 +84,15 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     from worker.orders import XARG, Config
 
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
-    ours, vllm_args = _parser().parse_known_args(list(map(_dashed, arguments)))
+    ours, vllm_args = _parser().parse_known_args(_joined(list(map(_dashed, arguments))))
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
         raise BadInput(
             "the worker needs vLLM and nnsight: install tautap with the extra [worker] (GPU) or [worker-cpu]"
         )
     for flag, reason in REFUSED.items():
-        if (given := _value(vllm_args, flag)) not in PLAIN:
-            raise BadInput(f"{flag} {given}: {reason}")
+        for given in _values(vllm_args, flag):
+            if given not in PLAIN:
+                raise BadInput(f"{flag} {given}: {reason}")
     if ours.api_key_file is not None:
         env["VLLM_API_KEY"] = key_in(Path(ours.api_key_file))
     _check_listening(vllm_args, env)
@@ -305,6 +306,14 @@ def _dashed(arg: str) -> str:
     """A flag as it is documented: vLLM takes --max_model_len too, and --config.some_key of what a flag is made of."""
     flag, *rest = re.split(r"([.=])", arg, maxsplit=1)
     return "".join([flag.replace("_", "-"), *rest]) if flag.startswith("--") else arg
+
+
+def _joined(args: list[str]) -> list[str]:
+    """With `--layers` and what follows it in one: it may begin with a minus, as `-2,-1` does."""
+    found, rest = [], iter(args)
+    for arg in rest:
+        found.append(f"{arg}={next(rest, '')}" if arg == "--layers" else arg)
+    return found
 
 
 def _n_layers(model: str, trust_remote_code: bool) -> int:

@@ -41,6 +41,8 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
     )
     assert command[1:3] == ["-m", "worker.launch"]
     assert command[command.index("--model") + 1] == model and command[command.index("--max-model-len") + 1] == "512"
+    _, negative = settled([model, "--layers", "-2,-1"], tmp_path)
+    assert negative["tautap"]["points"] == ["layers.22.output", "layers.23.output"]
     assert "--layers=3,5" not in command and "--spool-dir" not in command
     points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
     assert additional["tautap"]["points"] == points and additional["tautap"]["tokens"] == "all"
@@ -84,6 +86,7 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
         (["--speculative-config", "{}"], "cannot be told apart"),
         (["-pp", "2"], "-pp 2: .* use --tensor-parallel-size"),
         (["--pipeline_parallel_size=2"], "--pipeline-parallel-size 2: "),
+        (["--data-parallel-size", "1", "--data-parallel-size=2"], "--data-parallel-size 2: "),
         (["--data-parallel-size=2"], "--data-parallel-size 2: .* --backend URL --backend URL"),
         (["--data-parallel-rank", "0"], "--data-parallel-rank 0: "),
         (["--distributed-executor-backend", "ray"], "ray: .* give mp"),
