@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 from episodes.errors import BadInput, UnknownPoint
@@ -42,29 +43,45 @@ class Points:
 
     custom: hook name → nnsight location of a module's `.input` or `.output`, such as
     `model.layers.*.self_attn.o_proj.output`, where `*` stands for the layer. only: the points there are, where they
-    were settled before the model was compiled.
+    were settled before the model was compiled. wrong: point → why this model does not have it all the same.
     """
 
     def __init__(
-        self, n_layers: int, custom: Mapping[str, str] | None = None, only: Iterable[str] | None = None
+        self,
+        n_layers: int,
+        custom: Mapping[str, str] | None = None,
+        only: Iterable[str] | None = None,
+        wrong: Mapping[str, str] | None = None,
     ) -> None:
         self.n_layers = n_layers
         self.custom = dict(custom or {})
         self.only = None if only is None else list(only)
+        self.wrong = wrong or {}
 
-    @property
+    @cached_property
+    def all(self) -> list[str]:
+        """Every point there is."""
+        if self.only is not None:
+            return self.only
+        inside = [hook for hook in (*HOOKS, *self.custom) if self._inside(hook)]
+        points = [f"layers.{layer}.{hook}" for layer in range(self.n_layers) for hook in inside]
+        outside = [*ENDS, *(hook for hook in self.custom if not self._inside(hook))]
+        return [point for point in (*points, *outside) if point not in self.wrong]
+
+    def _inside(self, hook: str) -> bool:
+        """Whether every layer has it."""
+        return hook in HOOKS or "*" in self.custom.get(hook, "")
+
+    @cached_property
     def hooks(self) -> list[str]:
         """Every hook name there is, those of the blocks first."""
-        if self.only is not None:
-            return list(dict.fromkeys(split(point).hook for point in self.only))
-        return [*HOOKS, *ENDS, *self.custom]
+        found = {split(point).hook for point in self.all}
+        return [hook for hook in (*HOOKS, *ENDS, *self.custom) if hook in found]
 
-    @property
+    @cached_property
     def layers(self) -> list[int]:
         """The layers that have points."""
-        if self.only is not None:
-            return sorted({layer for layer, _ in map(split, self.only) if layer is not None})
-        return list(range(self.n_layers))
+        return sorted({layer for layer, _ in map(split, self.all) if layer is not None})
 
     def name(self, layers: Iterable[int], hooks: Iterable[str]) -> list[str]:
         """`["layers.8.output", …]`, layer by layer in the order given, each once; negative layers count from the end.
@@ -75,7 +92,7 @@ class Points:
         for hook in wanted:
             if hook not in self.hooks:
                 raise UnknownPoint(f"hook point {hook!r} does not exist: hook points are {', '.join(self.hooks)}")
-        inside = [hook for hook in wanted if hook in HOOKS or "*" in self.custom.get(hook, "")]
+        inside = [hook for hook in wanted if self._inside(hook)]
         points = [f"layers.{layer}.{hook}" for layer in map(self.layer, layers) for hook in inside]
         named = list(dict.fromkeys([*points, *(hook for hook in wanted if hook not in inside)]))
         if len(named) > POINT_LIMIT:
@@ -94,6 +111,8 @@ class Points:
         return number % self.n_layers
 
     def _settled(self, point: str) -> None:
+        if point in self.wrong:
+            raise UnknownPoint(self.wrong[point])
         if self.only is not None and point not in self.only:
             raise UnknownPoint(f"point {point!r} is not one of those that the worker was started with: {self.only}")
 
@@ -104,7 +123,7 @@ class Points:
         if parsed.layer is None:
             if parsed.hook in ENDS or (parsed.hook in self.custom and "*" not in self.custom[parsed.hook]):
                 return parsed
-        elif parsed.hook in HOOKS or "*" in self.custom.get(parsed.hook, ""):
+        elif self._inside(parsed.hook):
             return Point(self.layer(parsed.layer), parsed.hook)
         raise UnknownPoint(
             f"point {point!r} does not exist: points are layers.<n>.<hook> with hooks {', '.join(HOOKS)}, and "

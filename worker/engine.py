@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,7 +18,9 @@ from worker.auxiliary import Auxiliary
 from worker.edit import Edit, Rows
 from worker.graphs import Graphs
 from worker.orders import XARG, Config
+from worker.probe import Probe
 from worker.recorder import CudaLane, Lane, Recorder, Source
+from worker.spool import WRONG
 from worker.tap import Tap
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class RecordingRunner(GPUModelRunner):
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
-        if config.source == "graphs" and not current_platform.support_static_graph_mode():
+        if config.source == "graphs" and not has_graphs():
             raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
         self.use_aux_hidden_state_outputs = config.source == "aux"
         super().load_model(*args, **kwargs)
@@ -77,29 +80,35 @@ class RecordingRunner(GPUModelRunner):
         """vLLM's choice of auxiliary layers, which is a drafter's, is not wanted: `Auxiliary` makes its own."""
 
     def probe(self) -> None:
-        """Refuse the model, by name, if its points are not what their names say, or the user's edit fails on a row.
-        Every rank does the same, and comes to the same.
+        """Find out which points are what their names say: UnknownPoint, by name, if one of those to be recorded is not;
+        nobody else is given the others. BadInput if the user's edit fails. Every rank does the same, and comes to the
+        same.
         """
         split = get_tp_group().world_size > 1
 
-        def forward() -> Any:
+        def forward(n_rows: int) -> Any:
             # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too
             # where ranks are compared: what it leaves in memory if it does not run may be the same on all.
-            self.input_ids.gpu[:1] = self.model_config.get_vocab_size() // 2
+            self.input_ids.gpu[:n_rows] = self.model_config.get_vocab_size() // 2
             try:
-                return self._dummy_run(1, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
+                return self._dummy_run(n_rows, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
             finally:
-                self.input_ids.gpu[:1] = 0
+                self.input_ids.gpu[:n_rows] = 0
 
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if self.tap is not None:
-            hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            self.tap.probe(config.points, forward, 1, hidden, dtype, by_rank if split else None)
+            probe = Probe(self.tap, 1, self.model_config.get_hidden_size(), self.model_config.dtype)
+            self.tap.wrong = wrong = probe.run(partial(forward, 1), by_rank if split else None)
+            for point in config.points:
+                self.tap.watch(point)
+            if self.recorder is not None:
+                (Path(config.spool_dir) / WRONG).write_bytes(msgspec.json.encode(wrong))
         if config.source == "graphs":
             replay = partial(self._dummy_run, 1, uniform_decode=True)
             self.source.probe(replay) if isinstance(self.source, Graphs) else replay()
-        if self.edit is not None:
-            self.source.run(None, partial(self.edit.run, [Rows("", 0, 0, 1, 1)], 1, refuse, forward))
+        if self.edit is not None:  # beside rows that are not its own
+            trial = partial(self.edit.run, [Rows("", 1, 0, 2, 2)], 4, refuse, partial(forward, 4))
+            self.source.run(None, trial)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:
@@ -142,6 +151,11 @@ class RecordingRunner(GPUModelRunner):
 def by_rank(value: torch.Tensor) -> torch.Tensor:
     """What each tensor-parallel rank has: [ranks, *value's shape]. All ranks call this together."""
     return get_tp_group().all_gather(value[None], dim=0)
+
+
+def has_graphs() -> bool:
+    """Whether vLLM records CUDA graphs here."""
+    return bool(current_platform.is_cuda() and current_platform.support_static_graph_mode())
 
 
 def refuse(request: str, reason: str) -> None:

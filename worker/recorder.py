@@ -33,6 +33,7 @@ from worker.tap import Stream
 logger = logging.getLogger("tautap.recorder")
 
 CHILD = re.compile(r"(\d+)_")
+NOT_RUN = "the model did not come by it"
 
 # (request, first position, rows) in the order of the batch's rows.
 Batch = list[tuple[str, int, int]]
@@ -72,29 +73,30 @@ class Step(NamedTuple):
     """What one forward pass will leave: its spans, the batch stretches they lie in, and the staging slab.
 
     slab: [rows, points, hidden], the engine's dtype and device. stretches: (batch start, batch stop, slab start).
+    errors: point → why the slab has no value of it, at first all.
     """
 
     spans: list[Span]
     stretches: list[tuple[int, int, int]]
     points: tuple[str, ...]
     slab: Tensor
-    errors: list[str]
+    errors: dict[str, str]
 
     def receive(self, i: int, read: Callable[[], Stream]) -> None:
         """The tap's hand-over: copy the captured rows of point i into the slab."""
-        if self.errors:
-            return
         try:
             stream, column = read(), self.slab.select(1, i)
             for start, stop, at in self.stretches:
                 stream.write(column.narrow(0, at, stop - start), start, stop)
+            self.errors.pop(self.points[i], None)
         except Exception as error:  # whatever a model's module hands out must not end the engine
-            self.errors.append(f"{self.points[i]}: {error}")
+            self.errors[self.points[i]] = str(error)
 
     def receive_all(self, values: Tensor) -> None:
         """The same of all points at once. values: [batch rows, points, hidden]"""
         for start, stop, at in self.stretches:
             self.slab.narrow(0, at, stop - start).copy_(values.narrow(0, start, stop - start))
+        self.errors.clear()
 
 
 class Lane:
@@ -278,10 +280,13 @@ class Recorder:
         except RuntimeError as error:  # no memory left on the device
             self._drop(spans, f"no room to stage {at} rows: {error}")
             return None
-        return Step(spans, stretches, tuple(points), slab, [])
+        return Step(spans, stretches, tuple(points), slab, dict.fromkeys(points, NOT_RUN))
 
     def hand_over(self, step: Step, input_ids: Tensor) -> None:
-        """The forward pass is done: send the slab on its way. input_ids: [batch rows], what the model was fed."""
+        """The forward pass is done: send the slab on its way.
+
+        input_ids: the step's token ids, at least as many as the batch has rows; what lies behind them is ignored
+        """
         try:
             token_ids = torch.cat([input_ids[start:stop] for start, stop, _ in step.stretches])
             arrive = self._lane.leave(step.slab, token_ids)
@@ -326,7 +331,11 @@ class Recorder:
             logger.exception("capture of %s failed: %s", name, reason)
 
     def _write(
-        self, spans: list[Span], points: tuple[str, ...], errors: list[str], arrive: Callable[[], tuple[Tensor, Tensor]]
+        self,
+        spans: list[Span],
+        points: tuple[str, ...],
+        errors: dict[str, str],
+        arrive: Callable[[], tuple[Tensor, Tensor]],
     ) -> None:
         slab, ids = arrive()
         # numpy has no bf16: rows travel as bytes, [rows, points, bytes].
@@ -337,8 +346,8 @@ class Recorder:
             file = self._files.get(span.request)
             if file is None:  # failed earlier
                 continue
-            if errors:
-                self._fail(span.request, errors[0])
+            if point := next((point for point in file.points if point in errors), None):
+                self._fail(span.request, f"{point}: {errors[point]}")
                 continue
             own = slice(span.at, span.at + span.n_rows)
             mine = rows[own]

@@ -28,13 +28,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from episodes.errors import BadInput, CaptureLost
 from episodes.handover import TOKEN, Recipe
-from episodes.messages import parse_object, parse_request
+from episodes.messages import media, parse_object, parse_request
 from episodes.points import Points
 from episodes.wire import CAPTURE_HEADER, GENERATION_PATHS, CallFile, Capture, Collect, Extent
 from worker.embed import ELEMENT_LIMIT, activations, status
 from worker.ledger import Call, Ledger
 from worker.metrics import exposition
 from worker.orders import XARG, Config
+from worker.spool import WRONG
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -107,7 +108,8 @@ class CaptureMiddleware:
         points = list(capture.points or self._about.config.points)
         fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: self._ledger.ticket(capture.call)}
         # What a call generates is cached and not recorded, and prompt in the next: `prompt` must compute all its own.
-        alone = capture.call if capture.tokens == "prompt" else ""
+        # Nothing is recorded of a prompt with images in it: the text before them must not be found in a cache.
+        alone = capture.call if capture.tokens == "prompt" or media(fields) else ""
         given = fields.get("cache_salt") or ""
         fields["cache_salt"] = _salt(capture.salt, ",".join(points), capture.tokens, alone, given)
         body = msgspec.json.encode(fields)
@@ -217,7 +219,9 @@ class About:
         self.config = msgspec.convert(vllm_config.additional_config[XARG], Config)
         self.model = str(model.served_model_name)
         only = None if self.config.source == "nnsight" else self.config.points
-        self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom, only)
+        found = Path(self.config.spool_dir) / WRONG
+        wrong = msgspec.json.decode(found.read_bytes(), type=dict[str, str]) if found.exists() else {}
+        self.offered = Points(int(model.get_total_num_hidden_layers()), self.config.custom, only, wrong)
         self.hidden_size = int(model.get_hidden_size())
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_tokens = int(model.max_model_len)

@@ -7,6 +7,7 @@
     .lock                           held by the worker
     .metrics                        what the recorder counts (`worker.metrics`)
     .reason                         why the engine could not start (`worker.launch`)
+    .wrong                          which points the model does not have, and why (`worker.probe`)
 
 The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
 """
@@ -30,6 +31,7 @@ from episodes.handover import TOKEN
 from episodes.wire import header
 
 PART, WHOLE, FAILED = ".part", ".safetensors", ".failed"
+WRONG = ".wrong"
 TOKEN_ROOM = 8  # bytes of a token id in JSON, at most
 
 
@@ -135,7 +137,7 @@ def prepare(directory: Path, n_bytes: int = 0) -> None:
         raise BadInput(f"{directory} is the spool of a worker that runs: give another --port or --spool-dir") from None
     os.set_inheritable(lock, True)
     for path in directory.iterdir():
-        if path.suffix in (PART, WHOLE, FAILED):
+        if path.suffix in (PART, WHOLE, FAILED) or path.name == WRONG:
             path.unlink()
     free = shutil.disk_usage(directory).free
     if free < n_bytes:

@@ -7,17 +7,16 @@ nothing at all: only modules with points carry nnsight's controller.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from nnsight.intervention.interleaver import Interleaver
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from episodes.errors import UnknownPoint
-from episodes.points import split
+from episodes.points import Points, split
 
 # The submodule whose output joins the residual stream, by the names that model families give it.
 JOINING = {
@@ -27,8 +26,6 @@ JOINING = {
 # Where a norm stands between a submodule and the residual stream (Gemma 2 and 3, OLMo 2), it is the norm's output.
 SANDWICHED = {"attn": ("post_attention_layernorm",), "mlp": ("post_feedforward_layernorm",)}
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm")
-# Rounding of a sum that vLLM and the probe add up in different order.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Stream(NamedTuple):
@@ -42,15 +39,15 @@ class Stream(NamedTuple):
 
     @property
     def n_rows(self) -> int:
-        return len(_flat(self.hidden))
+        return len(flat(self.hidden))
 
     def write(self, into: Tensor, start: int, stop: int) -> None:
         """Rows start to stop into a [stop - start, hidden] slice, at once: fused norms overwrite both parts soon."""
-        hidden = _flat(self.hidden).narrow(0, start, stop - start)
+        hidden = flat(self.hidden).narrow(0, start, stop - start)
         if self.residual is None:
             into.copy_(hidden)
         else:
-            torch.add(hidden, _flat(self.residual).narrow(0, start, stop - start), out=into)
+            torch.add(hidden, flat(self.residual).narrow(0, start, stop - start), out=into)
 
 
 Read = Callable[[Any], Stream]
@@ -91,7 +88,8 @@ class Watch(NamedTuple):
         return f"{self.location}.{self.side}"
 
 
-def _flat(value: Tensor) -> Tensor:
+def flat(value: Tensor) -> Tensor:
+    """Rows alone, where vLLM runs a model of transformers' own."""
     return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
@@ -126,7 +124,10 @@ def first_output(value: Any) -> Stream:
 def first_input(value: Any) -> Stream:
     """The first tensor that a module was called with."""
     args, kwargs = value
-    return Stream(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()))
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return Stream(value)
+    raise UnknownPoint("it is called with no tensor of numbers")
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
@@ -147,8 +148,10 @@ class Tap(Interleaver):
         """custom: as in `episodes.points.Points`."""
         super().__init__()
         self._model = model
-        self._path, self._blocks = find_blocks(model, n_layers)
+        self._path, self.blocks = find_blocks(model, n_layers)
         self._custom = custom or {}
+        self.points = Points(n_layers, custom).all
+        self.wrong: dict[str, str] = {}  # point → why it cannot be had, once `worker.probe` has told
         self._watched: dict[str, Watch] = {}
         self._receive: dict[str, list[Callable[[Any], None]]] = {}
         self.reached = False  # whether the last pass came by any of its points
@@ -159,11 +162,14 @@ class Tap(Interleaver):
 
     def watch(self, point: str) -> None:
         """Instrument the module behind a point; UnknownPoint, naming what there is, if it is not there."""
+        if point in self.wrong:
+            raise UnknownPoint(self.wrong[point])
         if point not in self._watched:
-            self._watched[point] = watch = self._find(point)
+            self._watched[point] = watch = self.find(point)
             self.instrument(Location(watch.module, watch.location, self))
 
-    def _find(self, point: str) -> Watch:
+    def find(self, point: str) -> Watch:
+        """Where a point should be; UnknownPoint, naming what there is, if there is no such module."""
         layer, hook = split(point)
         if hook in self._custom:
             return self._module(self._custom[hook].replace("*", str(layer)))
@@ -171,9 +177,9 @@ class Tap(Interleaver):
             layer, hook = 0, "input"
         if point == "final.output":
             return self._final_norm()
-        if layer is None or layer >= len(self._blocks):
-            raise UnknownPoint(f"{point}: {self.family} has layers 0 to {len(self._blocks) - 1}")
-        block, path = self._blocks[layer], f"{self._path}.{layer}"
+        if layer is None or layer >= len(self.blocks):
+            raise UnknownPoint(f"{point}: {self.family} has layers 0 to {len(self.blocks) - 1}")
+        block, path = self.blocks[layer], f"{self._path}.{layer}"
         if hook == "output":
             return Watch(block, path, "output", block_output)
         if hook == "input":
@@ -237,102 +243,6 @@ class Tap(Interleaver):
             self.reached = True
             receive(value)
         return value
-
-    def probe(
-        self,
-        points: Iterable[str],
-        forward: Callable[[], Any],
-        n_rows: int,
-        hidden: int,
-        dtype: torch.dtype,
-        by_rank: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        """Run `forward`, a pass of n_rows, and check that the points hold what their names say.
-
-        Every value must be (n_rows, hidden) and the same on all ranks; each block's input must be the output of the one
-        before; and output must be input + attn + mlp where attn or mlp are asked for. UnknownPoint, naming the family,
-        where it is not so.
-
-        by_rank: gives every rank's value, [ranks, n_rows, hidden], where a model is split over several
-        """
-        asked = list(points)
-        chain = [f"layers.{n}.{side}" for n in range(len(self._blocks)) for side in ("input", "output")]
-        adding = ["layers.0.attn", "layers.0.mlp"] if {split(p).hook for p in asked} & {"attn", "mlp"} else []
-        names = list(dict.fromkeys([*asked, *(chain if self._in_stream(asked) else []), *adding]))
-        seen: dict[str, Tensor] = {}
-
-        def receive(name: str, stream: Stream) -> None:
-            shape = tuple(_flat(stream.hidden).shape)
-            if shape != (n_rows, hidden):
-                raise UnknownPoint(f"{name}: {self.family} has {shape} there, needed ({n_rows}, {hidden})")
-            seen[name] = slab = torch.empty(shape, dtype=dtype, device=stream.hidden.device)
-            stream.write(slab, 0, n_rows)
-
-        # Hooks of torch's own, which come off again: a controller of nnsight's would stay on every block.
-        handles = [_hook(self._find(name), partial(receive, name)) for name in names]
-        try:
-            forward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        for name in names:
-            if name not in seen:
-                raise UnknownPoint(f"{name}: {self.family} does not run it")
-        if by_rank is not None:
-            self._check_whole({name: by_rank(seen[name]) for name in asked}, dtype)
-        self._check_stream(seen, dtype)
-
-    @staticmethod
-    def _in_stream(points: list[str]) -> bool:
-        return any(split(p).hook in ("input", "output", "attn", "mlp") or p == "embed.output" for p in points)
-
-    def _check_whole(self, ranks: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-        for name, (first, *others) in ranks.items():
-            if _is_part(self._find(name)) or not all(_same(other, first, TOLERANCE[dtype]) for other in others):
-                raise UnknownPoint(
-                    f"{name}: {self.family} has a part of it on each rank: name a module whose output is put together"
-                )
-
-    def _check_stream(self, seen: dict[str, Tensor], dtype: torch.dtype) -> None:
-        for n in range(1, len(self._blocks) if "layers.0.output" in seen else 0):
-            if not _same(seen[f"layers.{n}.input"], seen[f"layers.{n - 1}.output"], 0):
-                raise UnknownPoint(f"{self.family}: layer {n} does not begin with what layer {n - 1} ends with")
-        if "layers.0.attn" in seen:
-            before, attn, mlp, after = (seen[f"layers.0.{part}"].float() for part in ("input", "attn", "mlp", "output"))
-            if not _same(before + attn + mlp, after, TOLERANCE[dtype]):
-                raise UnknownPoint(f"{self.family}: attn and mlp are not what joins the residual stream")
-
-
-def _is_part(watch: Watch) -> bool:
-    """Whether each rank has its own there, which the probe cannot tell inside attention: what that leaves without a
-    cache is the same on all ranks. vLLM's linear layers say it; of anything else in there it is taken for granted.
-
-    source: vllm 0.32, model_executor/layers/linear.py, LinearBase, ColumnParallelLinear and RowParallelLinear
-    """
-    module = getattr(watch.module, "base_layer", watch.module)  # that an adapter is wrapped around
-    *around, _ = watch.path.split(".")
-    if not hasattr(module, "skip_bias_add"):  # no linear layer
-        return any(name in JOINING["attn"] for name in around)
-    if watch.side == "input":
-        return bool(getattr(module, "input_is_parallel", False))
-    return not getattr(module, "gather_output", True) or not getattr(module, "reduce_results", True)
-
-
-def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Equal to within a share of the largest element. NaN equals NaN: without a cache, attention leaves what was in
-    memory.
-    """
-    a, b = a.nan_to_num(), b.nan_to_num()
-    return bool(torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max())))
-
-
-def _hook(watch: Watch, receive: Callable[[Stream], None]) -> RemovableHandle:
-    """A torch hook that reads what nnsight's controller would hand over."""
-    if watch.side == "output":
-        return watch.module.register_forward_hook(lambda module, args, value: receive(watch.read(value)))
-    return watch.module.register_forward_pre_hook(
-        lambda module, args, kwargs: receive(watch.read((args, kwargs))), with_kwargs=True
-    )
 
 
 def _route(i: int, read: Read, sink: Sink) -> Callable[[Any], None]:

@@ -40,6 +40,18 @@ def test_points_are_named_layer_by_layer_and_the_rest_once():
     ]  # fmt: skip
 
 
+def test_what_a_model_does_not_have_all_the_same_is_not_offered():
+    """The reason is what the worker found; a hook that no layer has is none."""
+    wrong = {f"layers.{n}.attn": f"layers.{n}.attn: scaled" for n in range(24)} | {"layers.3.mlp": "layers.3.mlp: odd"}
+    points = Points(24, wrong=wrong)
+    assert points.hooks == ["output", "input", "mlp", "embed.output", "final.output"] and points.check("layers.4.mlp")
+    for ask in (lambda: points.check("layers.3.mlp"), lambda: points.name([3], ["mlp"])):
+        with pytest.raises(UnknownPoint, match=r"layers\.3\.mlp: odd"):
+            ask()
+    with pytest.raises(UnknownPoint, match=r"'attn' does not exist"):
+        points.name([3], ["attn"])
+
+
 @pytest.mark.parametrize("point", ["layers.3.output", "layers.0.o_proj", "rotary", "final.output", "embed.output"])
 def test_a_point_of_the_model_is_known(point):
     assert OFFERED.check(point)

@@ -15,12 +15,12 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.worker import gpu_model_runner
 
 from tests.worker.replay import Graph
-from worker.engine import RecordingWorker
+from worker import engine
 
 check = CpuPlatform.check_and_update_config
 
 
-class GraphedWorker(RecordingWorker):
+class GraphedWorker(engine.RecordingWorker):
     """Does with its model, and before its probe, what vLLM's worker for a GPU does."""
 
     def load_model(self, **kwargs):
@@ -45,6 +45,7 @@ def graphed():
 
     with ExitStack() as stack:
         for owner, name, value in (
+            (engine, "has_graphs", lambda: True),
             (CpuPlatform, "support_static_graph_mode", lambda platform: True),
             (CpuPlatform, "check_and_update_config", check_only),
             (CpuPlatform, "graph_pool_handle", lambda platform: None),

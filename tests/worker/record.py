@@ -31,7 +31,7 @@ import torch
 
 from episodes.wire import read_header, read_tensor
 from worker.orders import XARG
-from worker.spool import prepare, spooled
+from worker.spool import WRONG, prepare, spooled
 
 PROMPT = list(range(5, 45))
 N_GENERATED = 4
@@ -45,7 +45,8 @@ def record(
     model: str, spool: Path, asked: dict[str, object], adapter: str | None, ranks: int, flags: dict[str, object]
 ) -> dict[str, np.ndarray]:
     """`tokens` and `rows` of a prompt, run in chunks of 32 tokens between two others, and of what was generated;
-    `uncaptured`: what is generated without a capture; `n_replays`: how many of its steps a CUDA graph did.
+    `uncaptured`: what is generated without a capture; `n_replays`: how many of its steps a CUDA graph did; `wrong`: the
+    points that the probe refused.
     """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -92,8 +93,14 @@ def record(
     tensors, _ = read_header(path)
     position, token_id, rows = (read_tensor(path, tensors[name]) for name in ("position", "token_id", "rows"))
     assert position.tolist() == list(range(len(position)))
-    uncaptured = np.array(other.outputs[0].token_ids)
-    return {"tokens": token_id, "rows": rows, "uncaptured": uncaptured, "n_replays": np.array(replayed.call_count)}
+    wrong = json.loads((spool / WRONG).read_text()) if (spool / WRONG).exists() else {}
+    return {
+        "tokens": token_id,
+        "rows": rows,
+        "uncaptured": np.array(other.outputs[0].token_ids),
+        "n_replays": np.array(replayed.call_count),
+        "wrong": np.array(list(wrong), str),
+    }
 
 
 def register(model: str) -> None:

@@ -88,13 +88,14 @@ def reference(model, tokens):
 
 class Recorded(NamedTuple):
     """Of a captured request the tokens, the rows and how many steps were replayed; of the same one without a capture
-    what it generated.
+    what it generated; and the points that the probe refused.
     """
 
     tokens: list[int]
     rows: np.ndarray
     uncaptured: list[int]
     n_replays: int
+    wrong: list[str]
 
 
 class Recording:
@@ -124,9 +125,8 @@ class Recording:
         if "error" in (said := json.loads(answer)):
             return said["error"]
         with np.load(out) as found:
-            return Recorded(
-                found["tokens"].tolist(), found["rows"], found["uncaptured"].tolist(), int(found["n_replays"])
-            )
+            lists = {name: found[name].tolist() for name in ("tokens", "uncaptured", "n_replays", "wrong")}
+            return Recorded(rows=found["rows"], **lists)
 
     def _start(self):
         env = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
@@ -170,6 +170,7 @@ def test_every_point_holds_what_its_name_says(record, family, tmp_path):
     check(eager, model, POINTS)
     check(graphs, model, POINTS)
     assert (eager.n_replays, graphs.n_replays) == (0, N_GENERATED - 2)
+    assert eager.wrong == graphs.wrong == [], "every point of every layer can be had"
     assert graphs.uncaptured == eager.uncaptured
 
 
@@ -223,7 +224,7 @@ STEER = f"""
 
 def told(model, rows):
     steer(model)
-    assert model.model.layers[2].output[0].shape[0] == rows.n_rows and rows.n_prompt in (40, 1)  # 1: the trial at start
+    assert model.model.layers[2].output[0].shape[0] == rows.n_rows and rows.n_prompt in (40, 2)  # 2: the trial at start
 
 def replace(model):
     hidden, residual = model.model.layers[1].output

@@ -235,6 +235,30 @@ def test_an_error_in_a_capture_ends_that_capture_alone(tmp_path):
     assert len(rig.read("cb")[0]) == 1
 
 
+@pytest.mark.parametrize(("called", "says"), [(False, "did not come by it"), (True, "'NoneType'")])
+def test_a_point_that_has_no_value_ends_the_captures_that_want_it_and_no_other(tmp_path, monkeypatch, called, says):
+    """A module that is not run, or returns nothing. What stood in memory is never stored for it."""
+
+    def forward(block, positions, hidden_states, residual):
+        return block.mlp(hidden_states), (called and block.self_attn(hidden_states)) or hidden_states
+
+    monkeypatch.setattr(Block, "forward", forward)
+    rig = Rig(tmp_path)
+    for block in rig.toy.layers:
+        block.self_attn = Nothing()
+    rig.admit("a", "ca", [1])
+    rig.admit("b", "cb", [2], points=["layers.0.output", "layers.0.attn"])
+    rig.step(("a", 0, [1]), ("b", 0, [2]))
+    rig.finish("a", "b")
+    assert rig.reason("cb").startswith("layers.0.attn: ") and says in rig.reason("cb")
+    assert len(rig.read("ca")[0]) == 1
+
+
+class Nothing(nn.Module):
+    def forward(self, hidden):
+        return None
+
+
 def test_a_value_that_cannot_be_read_ends_the_capture_and_not_the_step(tmp_path):
     """A module that is called with no tensor at all: the forward pass goes on."""
     rig = Rig(tmp_path, points=["layers.0.input"])

@@ -1,0 +1,174 @@
+"""The probe: one pass of a model before it serves, which tells what points hold what their names say.
+
+Families differ in what a block takes and returns, in silence: some return the residual stream whole and something else
+beside it, some scale what attention adds, or norm it once more. So each point is measured, not trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from episodes.errors import UnknownPoint
+from episodes.points import split
+from worker.tap import JOINING, Tap, Watch, flat
+
+# Of a sum that vLLM and the probe add up in different order: a share of its largest element.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class Probe:
+    """What is wrong with a model's points: point → why it cannot be had."""
+
+    def __init__(self, tap: Tap, n_rows: int, hidden: int, dtype: torch.dtype) -> None:
+        """n_rows: of the pass that is run. hidden: the residual stream's width; dtype: the engine's"""
+        self._tap = tap
+        self._shape, self._dtype = (n_rows, hidden), dtype
+        self._watches: dict[str, Watch] = {}
+        self._seen: dict[str, Tensor] = {}  # point → the value there
+        self._entered: dict[int, Tensor] = {}  # layer → what its block begins with
+        self.wrong: dict[str, str] = {}
+
+    def run(self, forward: Callable[[], Any], by_rank: Callable[[Tensor], Tensor] | None = None) -> dict[str, str]:
+        """Run `forward`, and say what is wrong.
+
+        Every value must be (n_rows, hidden), met once, and the same on all ranks; a block must begin with its `input`,
+        and with the `output` of the one before; and output must be input + attn + mlp.
+
+        by_rank: gives every rank's value, [ranks, n_rows, hidden], where a model is split over several
+        """
+        for point in self._tap.points:
+            try:
+                self._watches[point] = self._tap.find(point)
+            except UnknownPoint as error:
+                self.wrong[point] = str(error)
+        # Hooks of torch's own, which come off again: a controller of nnsight's would stay on every block.
+        handles = [handle for n, block in enumerate(self._tap.blocks) for handle in self._enter(n, block)]
+        handles += [
+            watch.module.register_forward_hook(self._stir)
+            for point, watch in self._watches.items()
+            if split(point).hook == "attn"
+        ]
+        handles += [self._hook(point, watch) for point, watch in self._watches.items()]
+        try:
+            forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for point in self._watches.keys() - self._seen.keys() - self.wrong.keys():
+            self.wrong[point] = f"{point}: {self._tap.family} does not run it"
+        if by_rank is not None:
+            self._check_whole(by_rank)
+        self._check_stream()
+        for n in range(len(self._tap.blocks)):
+            self._check_joins(n)
+        return self.wrong
+
+    # ---- while the pass runs
+
+    def _hook(self, point: str, watch: Watch) -> Any:
+        """A torch hook that takes what nnsight's controller would hand over."""
+        if watch.side == "output":
+            return watch.module.register_forward_hook(lambda _, args, value: self._take(point, watch, value))
+        return watch.module.register_forward_pre_hook(
+            lambda _, args, kwargs: self._take(point, watch, (args, kwargs)), with_kwargs=True
+        )
+
+    def _take(self, point: str, watch: Watch, value: Any) -> None:
+        try:
+            stream = watch.read(value)
+            shape = tuple(flat(stream.hidden).shape)
+            if shape != self._shape:
+                raise UnknownPoint(f"{self._tap.family} has {shape} there, needed {self._shape}")
+            if point in self._seen:
+                raise UnknownPoint(f"{self._tap.family} runs it more than once")
+            self._seen[point] = into = torch.empty(shape, dtype=self._dtype, device=stream.hidden.device)
+            stream.write(into, 0, shape[0])
+        except Exception as error:  # whatever a model's module hands out
+            self.wrong[point] = f"{point}: {error}"
+
+    def _enter(self, layer: int, block: nn.Module) -> list[Any]:
+        """Hooks that keep what the first of a block's submodules to run is given: the stream, in one part or two."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            values = [flat(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+            parts = [value for value in values if tuple(value.shape) == self._shape]
+            if layer not in self._entered and parts:
+                self._entered[layer] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone()
+
+        return [child.register_forward_pre_hook(enter, with_kwargs=True) for child in block.children()]
+
+    def _stir(self, module: nn.Module, args: Any, value: Any) -> Any:
+        """Add to what attention gives: without a cache that may be nought, and nought can be told from nothing."""
+        first = value[0] if isinstance(value, tuple) else value
+        if not isinstance(first, Tensor) or first.shape[-1] != self._shape[1]:
+            return value
+        stirred = first + torch.linspace(-1, 1, self._shape[1], dtype=first.dtype, device=first.device)
+        return (stirred, *value[1:]) if isinstance(value, tuple) else stirred
+
+    # ---- when it is over
+
+    def _check_whole(self, by_rank: Callable[[Tensor], Tensor]) -> None:
+        for point, value in self._seen.items():
+            first, *others = by_rank(value)
+            whole = all(_same(other, first, TOLERANCE[self._dtype]) for other in others)
+            if not whole or is_part(self._watches[point]):
+                self.wrong[point] = (
+                    f"{point}: {self._tap.family} has a part of it on each rank: name a module whose output is put "
+                    "together"
+                )
+
+    def _check_stream(self) -> None:
+        """A family whose blocks do not begin with what `input` or `output` says has neither, at no layer."""
+        family, seen = self._tap.family, self._seen
+        for n in range(len(self._tap.blocks)):
+            begins = self._entered.get(n)
+            before = f"layers.{n - 1}.output" if n else "embed.output"
+            for point in (f"layers.{n}.input", before):
+                if point in seen and (begins is None or not _same(begins, seen[point], TOLERANCE[self._dtype])):
+                    self._refuse(split(point).hook, f"{family}: layer {n} does not begin with {point}")
+
+    def _refuse(self, hook: str, reason: str) -> None:
+        for point in self._watches:
+            if split(point).hook == hook:
+                self.wrong.setdefault(point, f"{point}: {reason}")
+
+    def _check_joins(self, n: int) -> None:
+        points = [f"layers.{n}.{hook}" for hook in ("input", "attn", "mlp", "output")]
+        if any(point not in self._seen or point in self.wrong for point in points):
+            reason = f"{self._tap.family}: what attn and mlp add at layer {n} cannot be told"
+        else:
+            before, attn, mlp, after = (self._seen[point].float() for point in points)
+            rounding = 4 * torch.finfo(self._dtype).eps * (before.abs() + attn.abs() + mlp.abs() + after.abs())
+            limit = TOLERANCE[self._dtype] * float((attn + mlp).nan_to_num().abs().max()) + rounding
+            if not ((before + attn + mlp - after).abs() > limit).any():  # what is no number says nothing
+                return
+            reason = f"{self._tap.family}: attn and mlp are not what joins the residual stream at layer {n}"
+        for hook in ("attn", "mlp"):
+            self.wrong.setdefault(f"layers.{n}.{hook}", f"layers.{n}.{hook}: {reason}")
+
+
+def is_part(watch: Watch) -> bool:
+    """Whether each rank has its own there, which the probe cannot tell inside attention: what that leaves without a
+    cache is the same on all ranks. vLLM's linear layers say it; of anything else in there it is taken for granted.
+
+    source: vllm 0.32, model_executor/layers/linear.py, LinearBase, ColumnParallelLinear and RowParallelLinear
+    """
+    module = getattr(watch.module, "base_layer", watch.module)  # that an adapter is wrapped around
+    *around, _ = watch.path.split(".")
+    if not hasattr(module, "skip_bias_add"):  # no linear layer
+        return any(name in JOINING["attn"] for name in around)
+    if watch.side == "input":
+        return bool(getattr(module, "input_is_parallel", False))
+    return not getattr(module, "gather_output", True) or not getattr(module, "reduce_results", True)
+
+
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Equal to within a share of the largest element. NaN equals NaN: without a cache, attention leaves what was in
+    memory.
+    """
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return bool(torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max())))
