@@ -277,7 +277,12 @@ def _home(actor: Actor, homes: Mapping[Actor, Actor]) -> str:
     lead = actor.subject or actor
     if lead.named:
         return lead.episode
-    return WARMUPS if lead.part.role == "warmup" else homes.get(lead, lead).episode
+    if lead.part.role == "warmup":
+        return WARMUPS
+    found = homes.get(lead, lead).episode
+    # Replayed where it stood before; its agent may have another user by now.
+    gone = lead.part.role == "user" and lead not in homes and any(agent.episode == found for agent in homes.values())
+    return lead.thread if gone else found
 
 
 def _group(episode: str, actors: list[Actor], tied: list[Actor]) -> Group:

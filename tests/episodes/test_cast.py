@@ -4,6 +4,7 @@ import json
 import random
 from collections import defaultdict
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -325,6 +326,13 @@ def verified_task():
     yield user, "###STOP###"
 
 
+def record(call, place, part, messages, replies, at):
+    request, reply = {"messages": messages}, {"choices": [{"message": said(reply)} for reply in replies]}
+    texts = {"request": json.dumps(request), "reply": json.dumps(reply)}
+    fields = {"role": part.role, "endpoint": "/v1", "model": "m", "status": 200 if replies else 0, **texts}
+    return Call(id=call, **place._asdict(), started=at, first_byte=at + 1, ended=at + 9, **fields)
+
+
 def played(killed_at=None, begun=False):
     """The places of a task's calls, and the groups at the end. Before call number `killed_at` another process takes
     over that knows the calls so far; begun: and that one, which had no reply, and which its client sends again.
@@ -334,11 +342,7 @@ def played(killed_at=None, begun=False):
     def ask(call, messages, *replies, retried=False):
         part = cast.dialect.part(messages)
         place = cast.place(call, messages, part, retried=retried)
-        at = 2.0 * len(calls)
-        request, reply = {"messages": messages}, {"choices": [{"message": said(reply)} for reply in replies]}
-        texts = {"request": json.dumps(request), "reply": json.dumps(reply)}
-        fields = {"role": part.role, "endpoint": "/v1", "model": "m", "status": 200 if replies else 0, **texts}
-        calls.append(Call(id=call, **place._asdict(), started=at, first_byte=at + 1, ended=at + 9, **fields))
+        calls.append(record(call, place, part, messages, replies, at=2.0 * len(calls)))
         if replies:
             cast.replied(place, [said(reply) for reply in replies])
         return place
@@ -365,6 +369,31 @@ def test_what_was_under_way_when_another_process_took_over_is_tried_again_in_its
     (places, groups), (expected, as_before) = played(killed_at, begun=True), played()
     assert [place[:3] for place in places] == [place[:3] for place in expected]
     assert places[killed_at].kind == "retry" and groups == as_before
+
+
+def test_who_was_taken_for_the_user_leaves_the_episode_after_a_restart_too():
+    """Two said the same, and the one that was thought to have been heard was not: known only after a restart."""
+    cast, calls = Cast(TauBench()), []
+    hello, answer = said("Hello!"), {"role": "user", "content": "Who?"}
+
+    def ask(call, messages, reply):
+        part = cast.dialect.part(messages)
+        place = cast.place(call, messages, part)
+        cast.replied(place, [said(reply)])
+        calls.append(record(call, place, part, messages, [reply], at=2.0 * len(calls)))
+
+    users = {f"t-{name}": [prompt(name), HI] for name in ("one", "two")}
+    for name in ("one", "two"):
+        ask(name, users[f"t-{name}"], "Hello!")
+    ask("agent", [POLICY, {"role": "user", "content": "Hello!"}], "Who?")
+    homes = {thread: group.episode for group in cast.groups() for thread in group.placed}
+    cast = Cast(TauBench())
+    cast.replay([msgspec.structs.replace(call, episode=homes[call.thread]) for call in calls])
+    (taken,) = [thread for thread in users if homes[thread] == "t-agent"]
+    (right,) = users.keys() - {taken}
+    ask("told", [*users[right], hello, answer], "Me.")
+    groups = [(group.episode, group.threads) for group in cast.groups()]
+    assert groups == [("t-agent", ["t-agent", right]), (taken, [taken])]
 
 
 def test_what_is_closed_is_forgotten():
