@@ -102,9 +102,10 @@ class Backend:
         return model
 
     async def ready(self) -> bool:
+        """Whether it is well; of one that is not ours, and may have no such route, that it answers is enough."""
         try:
             async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=self._soon) as reply:
-                return reply.status == 200
+                return reply.status < 500
         except (aiohttp.ClientError, TimeoutError):
             return False
 

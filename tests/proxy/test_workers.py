@@ -215,6 +215,20 @@ def ready(proxy):
     return httpx.get(f"{proxy.url}/health/ready").json()["workers"]
 
 
+def test_a_backend_without_a_health_route_is_not_called_sick(tmp_path, http, monkeypatch, caplog):
+    """As of one that is not ours: that it answers is enough."""
+    for name in ("DOWN_S", "UP_S"):
+        monkeypatch.setattr(workers, name, 0.02)
+    stub = Stub(tmp_path / "spool")
+    stub.app.router.routes = [route for route in stub.app.router.routes if route.path != "/health"]
+    with Running(stub, captures=False) as backend, proxy_to(backend.url, tmp_path / "data") as proxy:
+        until(lambda: caplog.messages != [], "it to be looked at")
+        assert http.get(f"{proxy.url}/health/ready").status_code == 200
+        assert metered(proxy, "worker_up", backend) == 1
+    (said,) = caplog.messages
+    assert "no worker of tautap's" in said
+
+
 def test_a_worker_is_named_once(tmp_path):
     command = [sys.executable, "-m", "proxy", "proxy", "--backend", "http://127.0.0.1:1", "--data", str(tmp_path)]
     done = subprocess.run([*command, "--backend", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
