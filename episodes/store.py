@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
@@ -286,8 +287,8 @@ class Store:
         before = Index.of(self.layout)
         try:
             self._write_index(before)
-        except (OSError, pa.ArrowException):
-            if before is None:
+        except (OSError, pa.ArrowException) as error:
+            if before is None or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             self._write_index(None)  # a page of the one before may be damaged
         self._checkpoint()

@@ -1,5 +1,6 @@
 """The index: brought up to date or read with what it does not know yet, it says what the whole journal says."""
 
+import errno
 import shutil
 
 import msgspec
@@ -141,6 +142,24 @@ def test_a_damaged_index_is_told_and_written_anew(tmp_path, column):
     store.roll()
     store.close()
     assert list(problems(open_run(writer.layout.root))) == [] and Index.of(writer.layout) is not None
+
+
+def test_a_full_disk_is_no_reason_to_write_the_index_from_the_whole_journal(tmp_path, monkeypatch):
+    """That takes longest, and there is no room for it either."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.roll()
+    began = []
+
+    def full(roll, layout, n_bytes):
+        began.append(roll)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("episodes.store.write_index", full)
+        writer.store.roll()
+    writer.close()
+    assert len(began) == 1
 
 
 @pytest.mark.parametrize("harm", [lambda path: flip(path, path.stat().st_size - 3), lambda path: path.write_bytes(b"")])
