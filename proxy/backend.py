@@ -126,10 +126,12 @@ class Backend:
     async def _claim(self, call: str, into: Path) -> None:
         trouble = "the worker did not answer"
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(self._timeout_s) as clock:
+                deadline = clock.when()
                 while True:
+                    clock.reschedule(deadline)
                     try:
-                        if await self._fetch(call, into):
+                        if await self._fetch(call, into, clock):
                             return
                         trouble = "the worker had not finished it"
                     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
@@ -162,7 +164,7 @@ class Backend:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise CaptureLost(f"the worker could not be reached: {error or type(error).__name__}") from None
 
-    async def _fetch(self, call: str, into: Path) -> bool:
+    async def _fetch(self, call: str, into: Path, clock: asyncio.Timeout) -> bool:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
         params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
@@ -172,6 +174,7 @@ class Backend:
             if reply.status in (404, 410):
                 raise await _refused(reply)
             reply.raise_for_status()
+            clock.reschedule(None)  # a transfer takes as long as it takes; one that stalls, `_patient` ends
             if reply.content_type == "application/json":
                 return await self._take(msgspec.json.decode(await reply.read(), type=Recipe), into)
             with into.open("wb") as file:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import socket
 import uuid
+from contextlib import nullcontext
 
 import aiohttp
 import httpx
@@ -14,6 +15,7 @@ from episodes.errors import CaptureLost
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from proxy import backend as backends
 from proxy.backend import Backend
+from tests.proxy.scripted import Scripted, head
 from tests.stub import MODEL, rows
 from worker.spool import spooled
 
@@ -117,3 +119,26 @@ def test_a_claim_that_is_not_answered_is_lost_when_its_time_is_over(silent, tmp_
 
     with pytest.raises(CaptureLost, match="the worker did not answer"):
         asyncio.run(asyncio.wait_for(claiming(), 5))
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_the_time_for_a_claim_is_that_for_its_answer_to_begin(tmp_path, breaks_off):
+    """Activations on their way are not cut off when it is over; where they break off, they are not asked for again."""
+    given, limit_s, n = b"x" * 50, 0.1, 0
+
+    async def send(came, out):
+        nonlocal n
+        n += 1
+        out.write(head("application/octet-stream", len(given)))
+        for i in range(len(given) // 2 if breaks_off else len(given)):
+            out.write(given[i : i + 1])
+            await asyncio.sleep(3 * limit_s / len(given))
+        out.close()
+
+    async def claiming(url):
+        async with aiohttp.ClientSession() as session:
+            await Backend(url, session, claim_timeout_s=limit_s).claim("c-1", tmp_path / "c-1")
+
+    with Scripted(send) as worker, pytest.raises(CaptureLost) if breaks_off else nullcontext():
+        asyncio.run(asyncio.wait_for(claiming(worker.url), 5))
+    assert n == 1 and (breaks_off or (tmp_path / "c-1").read_bytes() == given)
