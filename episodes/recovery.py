@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import pyarrow as pa
 
 from episodes.errors import CorruptFile
 from episodes.history import History
@@ -72,7 +71,7 @@ def _live_too(layout: Layout, shard: Path) -> bool:
     """Whether live files have the rows of a shard."""
     try:
         return all(layout.live_file(thread, call).exists() for thread, call in shard_calls(shard))
-    except (OSError, pa.ArrowException):  # it is none of ours
+    except Exception:  # it is none of ours, or damaged
         return False
 
 

@@ -186,7 +186,9 @@ def test_a_run_that_another_process_writes_is_refused_until_that_is_dead(tmp_pat
 
 
 def test_what_cannot_be_told_to_be_garbage_stays(tmp_path):
-    """Files of a call whose line in the journal is damaged, and what is not ours."""
+    """Files of a call whose line in the journal is damaged, what is not ours, and what a flipped bit makes of a shard:
+    text into bytes.
+    """
     writer = Writer(tmp_path)
     writer.commit("c1", [1, 2], [3])
     writer.close()
@@ -195,11 +197,12 @@ def test_what_cannot_be_told_to_be_garbage_stays(tmp_path):
     layout.shards.mkdir()
     (layout.shards / "notes.txt").write_text("mine")
     pq.write_table(pa.table({"mine": [1]}), layout.shards / "mine.parquet")
+    pq.write_table(pa.table({"thread": [b"t-e"], "call": [b"c1"]}), layout.shards / "flipped.parquet")
     (layout.live / ".c9.claim").write_bytes(b"")
     store = Store(layout)
     assert store.recovered == ["live/.c9.claim: a file that was not finished; deleted"]
     assert layout.live_file("t-e", "c1").exists()
-    assert {path.name for path in layout.shards.iterdir()} == {"notes.txt", "mine.parquet"}
+    assert {path.name for path in layout.shards.iterdir()} == {"notes.txt", "mine.parquet", "flipped.parquet"}
     store.close()
 
 
