@@ -43,6 +43,7 @@ class Run:
         self.about: records.Run = read_run(layout)
         # An episode's calls are read one after the other. Not of a method, as in `Shard`.
         self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
+        self._journal_bytes = layout.journal.stat().st_size if layout.journal.exists() else 0
         # As it was when the run was opened; None if it cannot be used with the journal of then.
         self.index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
@@ -151,7 +152,12 @@ class Run:
     def _read_sealed(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
         try:
             self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
-        except (FileNotFoundError, CorruptFile):  # sealed since the run was opened, with another episode or once more
+        except (FileNotFoundError, CorruptFile):
+            n_bytes = self.layout.journal.stat().st_size
+            if n_bytes == self._journal_bytes:
+                raise
+            # Sealed since the run was opened, with another episode or once more.
+            self._journal_bytes = n_bytes
             self._shard.cache_clear()
             now = Run(self.layout)._calls
             self._calls = {call: now.get(call, entry) for call, entry in self._calls.items()}

@@ -554,6 +554,18 @@ def test_a_reader_finds_rows_that_have_moved_since_it_opened_the_run(tmp_path):
     writer.close()
 
 
+def test_a_run_is_not_opened_again_for_rows_that_are_gone(tmp_path, monkeypatch):
+    """Unless its journal has grown, which alone can tell where else they are."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4])
+    writer.store.seal("e")
+    run = writer.close()
+    writer.layout.shard("e").unlink()
+    monkeypatch.setattr("episodes.run.Run", None)
+    with pytest.raises(FileNotFoundError):
+        run.call("c1").activations(POINTS[0])
+
+
 # ---- commands
 
 
