@@ -73,8 +73,9 @@ def _index_problems(run: Run) -> Iterator[str]:
         roll = Roll(run.outline, run.layout, run.outline.lines())
         same = {run.layout.calls: _same_rows((group() for _, group in found.groups()), roll.calls())}
         same[run.layout.episodes] = found.episodes.equals(roll.episodes())
-        for path in (path for path, so in same.items() if not so):
-            yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
+        for path, so in same.items():
+            if not so:
+                yield f"{path.name}: not what the journal says; `tautap seal` writes it anew"
     except (OSError, pa.ArrowException) as error:
         yield f"{INDEX}: {error}; `tautap seal` writes them anew"
 
