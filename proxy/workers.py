@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class Workers:
 
     def lease(self, *names: str) -> Lease:
         """A call's way to a worker. names: as in `Fleet.enter`."""
-        return Lease(self, self._fleet, names, self._wrong)
+        return Lease(self, names)
 
     @property
     def idlest(self) -> Backend:
@@ -199,14 +199,9 @@ def unlike(model: Model | None, others: Model | None) -> str:
 class Lease:
     """A call's way to a worker. backend: where it went, None until it has."""
 
-    def __init__(
-        self, workers: Workers, fleet: Fleet[Upstream], names: Sequence[str], never: Collection[Upstream]
-    ) -> None:
-        """never: workers that it must not go to."""
+    def __init__(self, workers: Workers, names: Sequence[str]) -> None:
         self._workers = workers
-        self._fleet = fleet
         self._names = names
-        self._never = never
         self.backend: Backend | None = None
 
     @asynccontextmanager
@@ -214,9 +209,9 @@ class Lease:
         self, method: str, path: str, query: str, headers: Mapping[str, str], body: bytes
     ) -> AsyncIterator[Reply]:
         """As `Upstream.ask`; a worker that cannot be reached leaves the call to the next."""
-        tried = [*self._never]
+        fleet, tried = self._workers._fleet, [*self._workers._wrong]
         unreachable = WorkerUnreachable("the worker cannot be reached: there is none")
-        while (worker := self._fleet.enter(self._names, tried)) is not None:
+        while (worker := fleet.enter(self._names, tried)) is not None:
             self.backend = worker.backend
             try:
                 async with worker.ask(method, path, query, headers, body) as reply:
@@ -230,7 +225,7 @@ class Lease:
                 self._workers.doubt(worker)
                 raise
             finally:
-                self._fleet.leave(worker)
+                fleet.leave(worker)
         raise unreachable
 
 
