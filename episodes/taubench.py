@@ -448,10 +448,10 @@ def _left_over(
 
 def _tied(fitting: Fitting, pairs: Mapping[Result, Attempt]) -> dict[Result, list[str]]:
     """result → other episodes that it fits. Trials of one file follow each other, which tells equal ones apart."""
-    found = {}
+    found, fits = {}, {result: set(fitting[result]) for result in pairs}
     for result, others in ties(fitting, pairs).items():
-        rivals = [other for other in pairs if set(fitting[other]) & set(fitting[result])] if others else []
-        contested = {attempt for other in rivals for attempt in fitting[other]}
+        rivals = [other for other in pairs if not fits[other].isdisjoint(fits[result])] if others else []
+        contested = set().union(*(fits[other] for other in rivals))
         ordered = len({(other.source, other.task_id) for other in rivals}) == 1 and len(rivals) == len(contested)
         found[result] = [] if ordered else [attempt.episode.id for attempt in others]
     return found
