@@ -96,8 +96,7 @@ class Generation:
                 await self._ended(transcript)
             await reply.write_eof()
         finally:
-            if exchange.reply is None:
-                exchange.reply = transcript.reply()
+            exchange.reply = exchange.reply or transcript.reply()
 
     async def _ended(self, transcript: Transcript) -> None:
         """A stream has come to its end, as `_may_end`."""
