@@ -79,7 +79,7 @@ class Run:
     @cached_property
     def history(self) -> History:
         """All that the journal adds up to, read whole."""
-        return History(record for _, record in journal.sound(self.layout.journal))
+        return History(record for _, record in self.outline.lines())
 
     @cached_property
     def outline(self) -> Outline:
