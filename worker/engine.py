@@ -84,20 +84,20 @@ class RecordingRunner(GPUModelRunner):
         nobody else is given the others. BadInput if the user's edit fails. Every rank does the same, and comes to the
         same.
         """
-        split = get_tp_group().world_size > 1
 
         def forward(n_rows: int) -> Any:
-            # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too
-            # where ranks are compared: what it leaves in memory if it does not run may be the same on all.
+            # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too:
+            # if it does not run, it leaves what was in memory.
             self.input_ids.gpu[:n_rows] = self.model_config.get_vocab_size() // 2
             try:
-                return self._dummy_run(n_rows, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=split)
+                return self._dummy_run(n_rows, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=True)
             finally:
                 self.input_ids.gpu[:n_rows] = 0
 
         config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if self.tap is not None:
             probe = Probe(self.tap, 1, self.model_config.get_hidden_size(), self.model_config.dtype)
+            split = get_tp_group().world_size > 1
             self.tap.wrong = wrong = probe.run(partial(forward, 1), by_rank if split else None)
             for point in config.points:
                 self.tap.watch(point)

@@ -102,11 +102,11 @@ class Probe:
         return [child.register_forward_pre_hook(enter, with_kwargs=True) for child in block.children()]
 
     def _stir(self, module: nn.Module, args: Any, value: Any) -> Any:
-        """Add to what attention gives: without a cache that may be nought, and nought can be told from nothing."""
+        """Add to what attention gives: with nothing in the cache that is nought, which joins the stream in any way."""
         first = value[0] if isinstance(value, tuple) else value
         if not isinstance(first, Tensor) or first.shape[-1] != self._shape[1]:
             return value
-        stirred = first + torch.linspace(-1, 1, self._shape[1], dtype=first.dtype, device=first.device)
+        stirred = first.nan_to_num() + torch.linspace(-1, 1, self._shape[1], dtype=first.dtype, device=first.device)
         return (stirred, *value[1:]) if isinstance(value, tuple) else stirred
 
     # ---- when it is over
@@ -152,23 +152,22 @@ class Probe:
 
 
 def is_part(watch: Watch) -> bool:
-    """Whether each rank has its own there, which the probe cannot tell inside attention: what that leaves without a
-    cache is the same on all ranks. vLLM's linear layers say it; of anything else in there it is taken for granted.
+    """Whether each rank has its own there, which the probe cannot tell of attention: with nothing in the cache that is
+    the same on all ranks. vLLM's linear layers say it; of anything else inside attention it is taken for granted.
 
     source: vllm 0.32, model_executor/layers/linear.py, LinearBase, ColumnParallelLinear and RowParallelLinear
     """
     module = getattr(watch.module, "base_layer", watch.module)  # that an adapter is wrapped around
-    *around, _ = watch.path.split(".")
+    *around, name = watch.path.split(".")
     if not hasattr(module, "skip_bias_add"):  # no linear layer
-        return any(name in JOINING["attn"] for name in around)
+        added_up = all(getattr(inner, "reduce_results", True) for inner in module.modules())
+        return any(n in JOINING["attn"] for n in around) or (name in JOINING["attn"] and not added_up)
     if watch.side == "input":
         return bool(getattr(module, "input_is_parallel", False))
     return not getattr(module, "gather_output", True) or not getattr(module, "reduce_results", True)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Equal to within a share of the largest element. NaN equals NaN: without a cache, attention leaves what was in
-    memory.
-    """
+    """Equal to within a share of the largest element; NaN equals NaN."""
     a, b = a.nan_to_num(), b.nan_to_num()
     return bool(torch.allclose(a, b, rtol=0, atol=tolerance * float(b.abs().max())))

@@ -32,6 +32,11 @@ FAMILIES = {
     "gpt2": ("GPT2Config", TINY | {"n_embd": 64, "n_layer": 3, "n_head": 2, "n_positions": 256, "eos_token_id": 2}),
     "qwen3_moe": ("Qwen3MoeConfig", DENSE | {"head_dim": 32} | EXPERTS),
 }
+# Of these vLLM's blocks return the residual stream whole, and what is beside it is not to be added.
+OTHERS = {
+    "cohere": ("CohereConfig", DENSE),
+    "exaone4": ("Exaone4Config", DENSE | {"head_dim": 32, "sliding_window": 128, "sliding_window_pattern": 4}),
+}
 INSIDE = [f"layers.{n}.{hook}" for n in (0, 2) for hook in ("input", "attn", "mlp", "output")]
 OUTPUTS = [f"layers.{n}.output" for n in (0, 1, 2)]
 POINTS = ["embed.output", *INSIDE, "final.output"]
@@ -46,7 +51,7 @@ def make(family, home, **sizes):
     import torch
     import transformers
 
-    kind, fields = FAMILIES[family]
+    kind, fields = (FAMILIES | OTHERS)[family]
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**fields | sizes)).float().eval()
     model.save_pretrained(home)
@@ -172,6 +177,17 @@ def test_every_point_holds_what_its_name_says(record, family, tmp_path):
     assert (eager.n_replays, graphs.n_replays) == (0, N_GENERATED - 2)
     assert eager.wrong == graphs.wrong == [], "every point of every layer can be had"
     assert graphs.uncaptured == eager.uncaptured
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_that_does_not_fit_is_refused_at_start_by_name(record, family, tmp_path):
+    """What can be had of it all the same is right."""
+    model = make(family, tmp_path)
+    refused = record(tmp_path, ["layers.1.output"])
+    assert isinstance(refused, str) and "ForCausalLM: layer 1 does not begin with layers.0.output" in refused
+    recorded = record(tmp_path, ["final.output"])
+    check(recorded, model, ["final.output"])
+    assert set(OUTPUTS) < set(recorded.wrong)
 
 
 def test_a_module_of_ones_own_is_a_point(record, tmp_path):
