@@ -1,11 +1,13 @@
 """The worker's middleware: who is let in, and what a client cannot pretend."""
 
 import httpx
+import msgspec
 import pytest
 
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from tests.stub import MODEL, Running, Stub
 from worker.orders import XARG
+from worker.spool import WRONG
 
 KEY = "worker-key-0123456789"
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -86,3 +88,31 @@ def test_a_reply_comes_also_where_its_activations_cannot_be_put_together(stub, m
     reply = httpx.post(f"{stub.url}/v1/chat/completions", json=BODY | {"collect_activations": True})
     assert reply.status_code == 200 and reply.json()["choices"]
     assert "No such file" in str(reply.json()["activation_collection_status"])
+
+
+def test_a_point_that_the_probe_refused_is_offered_to_no_call(tmp_path):
+    """The reason is the probe's; what no layer has is no hook of the model's."""
+    stub = Stub(tmp_path / "spool")
+    wrong = {f"layers.{n}.attn": f"layers.{n}.attn: scaled" for n in range(100)}
+    (tmp_path / "spool" / WRONG).write_bytes(msgspec.json.encode(wrong))
+    with Running(stub) as running:
+        said = httpx.get(f"{running.url}/v1/capabilities").json()
+        headers = {CAPTURE_HEADER: Capture("c-mine", points=("layers.0.attn",)).header()}
+        asked = httpx.post(f"{running.url}/v1/chat/completions", json=BODY, headers=headers)
+        direct = {"collect_activations": {"layers": [0], "hook_points": ["attn"]}}
+        also = httpx.post(f"{running.url}/v1/chat/completions", json=BODY | direct)
+    assert "attn" not in said["supported_hook_points"] and "mlp" in said["supported_hook_points"]
+    assert asked.status_code == 400 and asked.json()["error"]["message"] == "layers.0.attn: scaled"
+    assert also.status_code == 400 and "'attn' does not exist" in also.json()["error"]["message"]
+
+
+def test_a_prompt_with_images_in_it_shares_its_cache_with_nobody(tmp_path):
+    """Nothing of it is recorded, the text before the image neither."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    with Running(stub := Stub(tmp_path / "spool")) as running:
+        for number, content in enumerate(["Hi", "Hi", [image], [image]]):
+            body = BODY | {"messages": [{"role": "user", "content": content}]}
+            headers = {CAPTURE_HEADER: Capture(f"c-{number}", "run").header()}
+            httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers)
+    first, second, *alone = [body["cache_salt"] for body in stub.bodies]
+    assert first == second and len({first, *alone}) == 3
