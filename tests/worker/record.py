@@ -46,7 +46,7 @@ def record(
 ) -> dict[str, np.ndarray]:
     """`tokens` and `rows` of a prompt, run in chunks of 32 tokens between two others, and of what was generated;
     `uncaptured`: what is generated without a capture; `n_replays`: how many of its steps a CUDA graph did; `wrong`: the
-    points that the probe refused.
+    points that the probe refused, and why, as JSON.
     """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
@@ -93,13 +93,13 @@ def record(
     tensors, _ = read_header(path)
     position, token_id, rows = (read_tensor(path, tensors[name]) for name in ("position", "token_id", "rows"))
     assert position.tolist() == list(range(len(position)))
-    wrong = json.loads((spool / WRONG).read_text()) if (spool / WRONG).exists() else {}
+    wrong = (spool / WRONG).read_text() if (spool / WRONG).exists() else "{}"
     return {
         "tokens": token_id,
         "rows": rows,
         "uncaptured": np.array(other.outputs[0].token_ids),
         "n_replays": np.array(replayed.call_count),
-        "wrong": np.array(list(wrong), str),
+        "wrong": np.array(wrong),
     }
 
 
