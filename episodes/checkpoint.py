@@ -98,7 +98,7 @@ def state(layout: Layout) -> State:
     found = read(layout)
     history, lines = History(forget_sealed=True), Lines()
     start, damaged = 0, False
-    stop = layout.journal.stat().st_size if layout.journal.exists() else 0
+    stop = journal.size(layout.journal)
     if found is not None:
         about, history.rows = found
         try:

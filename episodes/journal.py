@@ -79,6 +79,11 @@ def sound(path: Path, at: int = 0, stop: int = sys.maxsize) -> Iterator[tuple[in
     return ((at, record) for at, record in placed(path, at, stop) if not isinstance(record, Broken))
 
 
+def size(path: Path) -> int:
+    """Bytes of a journal; 0 where there is none yet."""
+    return path.stat().st_size if path.exists() else 0
+
+
 def end(path: Path, n_bytes: int) -> int:
     """The CRC-32 of the last of so many bytes of a journal, by which it is told to be the same one."""
     with path.open("rb") as file:

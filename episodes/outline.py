@@ -21,19 +21,15 @@ class Outline(History):
 
     def __init__(self, layout: Layout) -> None:
         self._journal = layout.journal
-        self._stop = self._n_bytes
+        self._stop = journal.size(layout.journal)
         self.broken: list[journal.Broken] = []
         self.places: dict[str, list[int]] = {}
         super().__init__(self._read())
 
     @property
-    def _n_bytes(self) -> int:
-        return self._journal.stat().st_size if self._journal.exists() else 0
-
-    @property
     def outgrown(self) -> bool:
         """Whether the journal goes on by now."""
-        return self._n_bytes > self._stop
+        return journal.size(self._journal) > self._stop
 
     def _read(self) -> Iterator[Record]:
         for place, line in journal.placed(self._journal, 0, self._stop):

@@ -121,7 +121,7 @@ class Points:
         self._settled(point)
         parsed = split(point)
         if parsed.layer is None:
-            if parsed.hook in ENDS or (parsed.hook in self.custom and "*" not in self.custom[parsed.hook]):
+            if parsed.hook in (*ENDS, *self.custom) and not self._inside(parsed.hook):
                 return parsed
         elif self._inside(parsed.hook):
             return Point(self.layer(parsed.layer), parsed.hook)

@@ -43,7 +43,7 @@ class Run:
         self.about: records.Run = read_run(layout)
         # An episode's calls are read one after the other. Not of a method, as in `Shard`.
         self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
-        self._journal_bytes = layout.journal.stat().st_size if layout.journal.exists() else 0
+        self._journal_bytes = journal.size(layout.journal)
         # As it was when the run was opened; None if it cannot be used with the journal of then.
         self.index = Index.of(layout)
         # What the index does not know: lines behind it, and the run as it is with them; None if there are none.
