@@ -196,7 +196,7 @@ class Stub:
             told = self.told(body)
             spared = told is not None and XARG not in (body.get("vllm_xargs") or {})
             prompts = [] if spared else self._prompts(body, kind)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             return _error(400, f"bad request: {error!r}")
         if body.get("model") != MODEL:
             return _error(404, f"The model `{body.get('model')}` does not exist.")
