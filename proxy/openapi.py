@@ -63,7 +63,7 @@ def document() -> JSON:
         },
         "paths": {
             "/v1/chat/completions": {"post": _generation("messages", {"type": "array", "items": {"type": "object"}})},
-            "/v1/completions": {"post": _generation("prompt", {"type": "string"})},
+            "/v1/completions": {"post": _generation("prompt", {"type": ["string", "array"]})},
             "/v1/models": {"get": _operation("the models that are served", {"type": "object", "required": ["data"]})},
             "/tautap": {"get": _operation("the proxy", {"type": "object", "required": ["run", "aliases"]})},
             "/tautap/runs/{run}": {
@@ -90,7 +90,7 @@ def _generation(prompt: str, schema: JSON) -> JSON:
     }
     body = {"type": "object", "required": ["model", prompt], "properties": fields}
     operation = _operation("a completion, or its events where `stream` is set", COMPLETION)
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    operation["responses"]["200"]["content"]["text/event-stream"] = {}
     episode = {"name": "X-Episode-Id", "in": "header", "schema": NAME}
     return operation | {
         "parameters": [episode],

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # Tests share two cores with whatever they start, so this is far above what disk or tensors on the loop would need.
-BLOCKED_S = 0.5
+BLOCKED_S = 1.0
 
 
 class ProxyThread:

@@ -16,7 +16,7 @@ from typing import Any
 
 from episodes.messages import text_of
 from episodes.taubench import REACT_USER_END, TEXT_AGENTS, TOOL_RESULT, USER, instruction
-from tests.stub import Stub, main
+from tests.stub import Asked, Stub, main
 
 JSON = dict[str, Any]
 SOLUTIONS = "TAUTAP_SOLUTIONS"
@@ -33,8 +33,8 @@ class Solver(Stub):
         self._numbers = {task["instruction"]: number for number, task in enumerate(self._solutions)}
         self._random = random.Random(1)
 
-    def told(self, body: JSON) -> JSON | None:
-        messages: list[JSON] = body["messages"]
+    def told(self, asked: Asked) -> JSON | None:
+        messages = asked.messages
         first = text_of(messages[0])
         if messages[0]["role"] == "user":
             return {"content": self._supervisor(first)}

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -39,6 +39,35 @@ N_LAYERS = 6
 BLOCK = 16
 POINTS = ["layers.1.output", "layers.3.output"]
 DTYPE = DTYPES["BF16"]
+Token = Annotated[int, msgspec.Meta(ge=0, lt=256)]
+
+
+class Asked(msgspec.Struct):
+    """The fields of a request that the stub reads, so that it takes and refuses what vLLM does."""
+
+    model: str
+    messages: list[dict[str, Any]] = []
+    prompt: str | list[str | int | list[int]] = ""
+    n: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    stream: bool | None = None
+    cache_salt: str | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    stub_fault: str | None = None
+    stub_reply: dict[str, Any] | None = None
+
+    def prompts(self, kind: str) -> list[list[int]]:
+        """The tokens of each; ValueError if there are none."""
+        if kind == "chat.completion":
+            parts: list[Any] = [render(self.messages)]
+        elif isinstance(self.prompt, str):
+            parts = [self.prompt]
+        elif len({type(part) for part in self.prompt}) != 1:
+            raise ValueError(f"prompt {self.prompt!r} is not all of one kind")
+        else:
+            parts = [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
+        tokens = [list(part.encode()) if isinstance(part, str) else part for part in parts]
+        return msgspec.convert(tokens, list[Annotated[list[Token], msgspec.Meta(min_length=1)]])
 
 
 def render(messages: list[dict[str, Any]]) -> list[int]:
@@ -193,30 +222,31 @@ class Stub:
         try:
             body = await request.json()
             self.bodies.append(body)
-            told = self.told(body)
-            spared = told is not None and XARG not in (body.get("vllm_xargs") or {})
-            prompts = [] if spared else self._prompts(body, kind)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            asked = msgspec.convert(body, Asked)
+            told = self.told(asked)
+            spared = told is not None and XARG not in (asked.vllm_xargs or {})
+            prompts = [] if spared else asked.prompts(kind)
+        except ValueError as error:
             return _error(400, f"bad request: {error!r}")
-        if body.get("model") != MODEL:
-            return _error(404, f"The model `{body.get('model')}` does not exist.")
-        fault = body.get("stub_fault") or (self.faults.pop(0) if self.faults else None)
+        if asked.model != MODEL:
+            return _error(404, f"The model `{asked.model}` does not exist.")
+        fault = asked.stub_fault or (self.faults.pop(0) if self.faults else None)
         if fault in ("429", "500"):
             return _error(int(fault), "told to fail")
         if fault == "silence":
             return await _silence(request)
-        if fault == "garbage" and not body.get("stream"):
+        if fault == "garbage" and not asked.stream:
             return Response(b"<html>", media_type="application/json")
-        n = body.get("n") or 1
+        n = asked.n or 1
         if spared:  # nothing to record
             return self._tell(told)
         identity = request.headers.get("x-request-id") or "none"
         params = [
             SimpleNamespace(
                 n=n,
-                max_tokens=body.get("max_tokens") or 1000,
-                extra_args=dict(body.get("vllm_xargs") or {}),
-                output_kind=SimpleNamespace(name="DELTA" if body.get("stream") else "FINAL_ONLY"),
+                max_tokens=asked.max_tokens or 1000,
+                extra_args=dict(asked.vllm_xargs or {}),
+                output_kind=SimpleNamespace(name="DELTA" if asked.stream else "FINAL_ONLY"),
                 token_s=self.token_s,
                 told=None if told is None else json.dumps(told),
             )
@@ -224,11 +254,11 @@ class Stub:
         ]
         generate = self.engine.generate
         streams = [
-            generate({"prompt_token_ids": ids, "cache_salt": body.get("cache_salt", "")}, p, f"{identity}-{i}")
+            generate({"prompt_token_ids": ids, "cache_salt": asked.cache_salt or ""}, p, f"{identity}-{i}")
             for i, (ids, p) in enumerate(zip(prompts, params, strict=True))
         ]
         head = {"id": f"chatcmpl-{identity}", "object": kind, "created": int(time.time()), "model": MODEL}
-        if body.get("stream"):
+        if asked.stream:
             return StreamingResponse(self._events(streams[0], head, kind, fault), media_type="text/event-stream")
         texts = [[answer(ids, j)[: params[0].max_tokens] for j in range(n)] for ids in prompts]
         for stream in streams:
@@ -244,10 +274,9 @@ class Stub:
             return StreamingResponse(_half(reply, fault), headers={"content-type": "application/json"})
         return Response(reply, media_type="application/json")
 
-    def told(self, body: dict[str, Any]) -> dict[str, Any] | None:
+    def told(self, asked: Asked) -> dict[str, Any] | None:
         """The message that this request is to be answered with; None for one that depends on the prompt."""
-        message: dict[str, Any] | None = body.get("stub_reply")
-        return message
+        return asked.stub_reply
 
     @staticmethod
     def _tell(message: dict[str, Any], identity: str = "chatcmpl-told") -> Response:
@@ -255,14 +284,6 @@ class Stub:
         choice = {"index": 0, "message": {"role": "assistant", **message}, "finish_reason": "stop"}
         head = {"id": identity, "object": "chat.completion", "created": int(time.time()), "model": MODEL}
         return JSONResponse({**head, "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
-
-    @staticmethod
-    def _prompts(body: dict[str, Any], kind: str) -> list[list[int]]:
-        if kind == "chat.completion":
-            return [render(body["messages"])]
-        prompt = body["prompt"]
-        one = isinstance(prompt, str) or isinstance(prompt[0], int)
-        return [list(part.encode()) if isinstance(part, str) else part for part in ([prompt] if one else prompt)]
 
     @staticmethod
     def _choice(index: int, text: str, kind: str) -> dict[str, Any]:

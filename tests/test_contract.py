@@ -276,6 +276,14 @@ def test_a_malformed_body_gets_the_servers_own_error(worker, body):
     assert plain.json()["error"]["type"] == captured.json()["error"]["type"]
 
 
+@pytest.mark.parametrize("prompt", ["", [], [[]], [""], [-1], ["a", [1]], None, {}], ids=repr)
+def test_a_prompt_of_nothing_or_of_no_tokens_is_refused(worker, prompt):
+    for capture in (None, new()):
+        assert worker.ask(prompt, capture, "/v1/completions").status_code == 400
+        assert worker.ask("Hi", capture, messages=[]).status_code == 400
+    assert worker.ask("Hi", path="/v1/completions").status_code == 200
+
+
 # ---- direct use
 
 
