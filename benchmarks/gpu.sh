@@ -7,7 +7,7 @@
 # these and tautap need that the machine's own Python does not have. OUT, by default gpu-report, gets an environment, and
 # what each step says in a file of its name. The steps, by default all of them in this order, about an hour and a half:
 #
-#     families   every hook point of nine families and the auxiliary states against transformers, in float32, tiny models
+#     families   every hook point of eleven families and the auxiliary states against transformers, in float32, tiny models
 #     fidelity   every row of the embedded model's conversations against transformers: three sources, float32 and bfloat16
 #     step       what capture adds to a step's thread, and bytes a second from the device to the spool
 #     overhead   a model of 8B's shape: 0, 3 and all layers; eager, compiled (aux) and in decode graphs; 1, 8, 64 in flight
@@ -26,6 +26,8 @@ out=$(realpath -m "${1:-gpu-report}"); shift || true
 steps=("$@"); [ ${#steps[@]} -gt 0 ] || steps=(families fidelity step overhead soak)
 mkdir -p "$out" || complain "$out cannot be made"
 
+# Triton's kernels multiply float32 as TF32 otherwise, five hundred times coarser than what the rows are held to.
+export TRITON_F32_DEFAULT=ieee
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels" HF_HUB_OFFLINE=1 XDG_CACHE_HOME="$out/cache"
 python="$out/venv/bin/python"
 install() {

@@ -18,6 +18,7 @@ import psutil
 from worker.__main__ import plan
 from worker.launch import SERVER
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 HERE = Path(__file__).parent
 START_S = 600
 STOP_S = 60
@@ -42,13 +43,15 @@ def model_home() -> Path:
 
 
 def stock(flags: list[str], env: dict[str, str] | None = None) -> Command:
-    """The command and environment of vLLM's own server with the worker's flags, and nothing of ours in it."""
+    """The command and environment of vLLM's own server with the worker's flags, and nothing of ours in it: it takes the
+    model runner that it likes best.
+    """
     command, env, _ = plan(list(flags), dict(os.environ) if env is None else env)
     command[2] = SERVER
     for flag in ("--worker-cls", "--middleware", "--additional-config"):
         at = command.index(flag)
         del command[at : at + 2]
-    return command, env
+    return command, {name: value for name, value in env.items() if name != RUNNER}
 
 
 def extracting(flags: list[str], layers: list[int], files: Path) -> Command:
@@ -73,7 +76,7 @@ def edited(flags: list[str], layers: list[int], max_model_len: int) -> Command:
     command += ["--additional-config", json.dumps({"edit_layers": layers})]
     command += ["--no-enable-prefix-caching", "--no-enable-chunked-prefill"]
     command += ["--max-num-batched-tokens", str(max_model_len)]  # a prompt goes through in one piece
-    return command, importable(env)
+    return command, importable(env) | {RUNNER: "0"}  # nnsight instruments the first only
 
 
 def importable(env: dict[str, str]) -> dict[str, str]:

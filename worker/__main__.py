@@ -32,7 +32,6 @@ loopback only with a key: --api-key-file, or VLLM_API_KEY in the environment.
 Prefix caching and chunked prefill stay on. The model runs eagerly, unless --capture-source says otherwise.
 """
 # What vLLM can do and the recorder cannot, or was never seen to do, by flag, unless it is set to one of PLAIN.
-ONE_SERVER = "the activations of a call are known to one API server only: leave it out"
 REPLICAS = "start one worker for each replica, and give the proxy all of them: --backend URL --backend URL"
 STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
 PLAIN = ("1", "mp", "uni")
@@ -40,17 +39,20 @@ REFUSED = {
     "--config": "what it sets would not be looked at here: give the flags themselves",
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
     "--pipeline-parallel-size": STAGES,
-    "-pp": STAGES,
     "--prefill-context-parallel-size": "each rank would see its own tokens only: use --tensor-parallel-size",
-    "-pcp": "each rank would see its own tokens only: use --tensor-parallel-size",
     "--distributed-executor-backend": "rows were never seen to come from other machines: give mp, or leave it out",
     "--nnodes": "rows were never seen to come from other machines: leave it out",
-    "-n": "rows were never seen to come from other machines: leave it out",
-    **dict.fromkeys(("--data-parallel-size", "-dp", "--data-parallel-rank", "-dpn", "-dpr", "-dpl"), REPLICAS),
-    **dict.fromkeys(("--data-parallel-start-rank", "--data-parallel-size-local"), REPLICAS),
-    "--api-server-count": ONE_SERVER,
-    "-asc": ONE_SERVER,
+    **dict.fromkeys(("--data-parallel-size", "--data-parallel-size-local"), REPLICAS),
+    **dict.fromkeys(("--data-parallel-rank", "--data-parallel-start-rank"), REPLICAS),
+    "--api-server-count": "the activations of a call are known to one API server only: leave it out",
 }
+# vLLM's short names of flags that are looked at here.
+SHORT = {
+    "-asc": "--api-server-count", "-cc": "--compilation-config", "-dp": "--data-parallel-size",
+    "-dpl": "--data-parallel-size-local", "-dpn": "--data-parallel-rank", "-dpr": "--data-parallel-start-rank",
+    "-n": "--nnodes", "-pcp": "--prefill-context-parallel-size", "-pp": "--pipeline-parallel-size",
+    "-sc": "--speculative-config",
+}  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -303,9 +305,9 @@ def _take_object(args: list[str], flag: str) -> dict[str, Any]:
 
 
 def _dashed(arg: str) -> str:
-    """A flag as it is documented: vLLM takes --max_model_len too, and --config.some_key of what a flag is made of."""
+    """A flag by its long name: vLLM takes -cc, --max_model_len, and --config.some_key of what a flag is made of."""
     flag, *rest = re.split(r"([.=])", arg, maxsplit=1)
-    return "".join([flag.replace("_", "-"), *rest]) if flag.startswith("--") else arg
+    return "".join([SHORT.get(flag, flag).replace("_", "-"), *rest]) if flag.startswith("-") else arg
 
 
 def _joined(args: list[str]) -> list[str]:

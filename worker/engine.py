@@ -18,7 +18,7 @@ from worker.auxiliary import Auxiliary
 from worker.edit import Edit, Rows
 from worker.graphs import Graphs
 from worker.orders import XARG, Config
-from worker.probe import Probe
+from worker.probe import probe
 from worker.recorder import CudaLane, Lane, Recorder, Source
 from worker.spool import WRONG
 from worker.tap import Tap
@@ -39,6 +39,7 @@ class RecordingRunner(GPUModelRunner):
     model once `input_batch` is in the order of the rows and says how many tokens of each request are computed.
     """
 
+    config: Config
     recorder: Recorder | None = None
     tap: Tap | None = None
     edit: Edit | None = None
@@ -49,7 +50,7 @@ class RecordingRunner(GPUModelRunner):
             raise BadInput("tautap does not record under pipeline parallelism: use --tensor-parallel-size")
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
-        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
+        self.config = config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if config.source == "graphs" and not has_graphs():
             raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
         self.use_aux_hidden_state_outputs = config.source == "aux"
@@ -66,15 +67,31 @@ class RecordingRunner(GPUModelRunner):
         if config.source == "graphs":
             n_rows = self.compilation_config.max_cudagraph_capture_size
             self.source = Graphs(tap, config.points, n_rows, hidden, dtype, self.device)
-        lane = CudaLane() if current_platform.is_cuda() else Lane()
+        lane = Lane() if current_platform.is_cpu() else CudaLane()
         code = DTYPE_CODES[str(dtype).removeprefix("torch.")]
         self.recorder = Recorder(config, self.source, dtype, code, hidden, lane)
 
+    def profile_run(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's measure of the memory that a step takes, with what the largest step records beside it: the cache of
+        keys and values gets the rest.
+        """
+        n_points = len(self.config.points)
+        held = self.recorder and self.recorder.slab(self.max_num_tokens, n_points, self.device)
+        super().profile_run(*args, **kwargs)
+        del held
+
     def capture_model(self) -> Any:
-        """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed."""
-        if isinstance(self.source, Graphs):
-            return self.source.record(super().capture_model)
-        return super().capture_model()
+        """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed, and replay one."""
+        if self.config.source != "graphs":
+            return super().capture_model()
+        replay = partial(self._dummy_run, 1, uniform_decode=True)  # every rank takes part
+        if not isinstance(self.source, Graphs):
+            done = super().capture_model()
+            replay()
+            return done
+        done = self.source.record(super().capture_model)
+        self.source.probe(replay)
+        return done
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:
         """vLLM's choice of auxiliary layers, which is a drafter's, is not wanted: `Auxiliary` makes its own."""
@@ -94,18 +111,14 @@ class RecordingRunner(GPUModelRunner):
             finally:
                 self.input_ids.gpu[:n_rows] = 0
 
-        config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if self.tap is not None:
-            probe = Probe(self.tap, 1, self.model_config.get_hidden_size(), self.model_config.dtype)
+            hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
             split = get_tp_group().world_size > 1
-            self.tap.wrong = wrong = probe.run(partial(forward, 1), by_rank if split else None)
-            for point in config.points:
+            probe(self.tap, 1, hidden, dtype, partial(forward, 1), by_rank if split else None)
+            for point in self.config.points:
                 self.tap.watch(point)
             if self.recorder is not None:
-                (Path(config.spool_dir) / WRONG).write_bytes(msgspec.json.encode(wrong))
-        if config.source == "graphs":
-            replay = partial(self._dummy_run, 1, uniform_decode=True)
-            self.source.probe(replay) if isinstance(self.source, Graphs) else replay()
+                (Path(self.config.spool_dir) / WRONG).write_bytes(msgspec.json.encode(self.tap.wrong))
         if self.edit is not None:  # beside rows that are not its own
             trial = partial(self.edit.run, [Rows("", 1, 0, 2, 2)], 4, refuse, partial(forward, 4))
             self.source.run(None, trial)
@@ -184,6 +197,5 @@ class RecordingWorker(EngineWorker):
         recording(self.model_runner)
 
     def compile_or_warm_up_model(self) -> Any:
-        done = super().compile_or_warm_up_model()
-        self.model_runner.probe()
-        return done
+        self.model_runner.probe()  # before graphs are recorded, which copy what it has found
+        return super().compile_or_warm_up_model()

@@ -1,7 +1,8 @@
 """The probe: one pass of a model before it serves, which tells what points hold what their names say.
 
-Families differ in what a block takes and returns, in silence: some return the residual stream whole and something else
-beside it, some scale what attention adds, or norm it once more. So each point is measured, not trusted.
+Families differ in what a block takes and returns, in silence: most return the residual stream in two parts, some return
+it whole and something else beside it, some scale what attention adds, or norm it once more. So each point is measured,
+not trusted.
 """
 
 from __future__ import annotations
@@ -20,11 +21,33 @@ from worker.tap import JOINING, Tap, Watch, flat
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+def probe(
+    tap: Tap,
+    n_rows: int,
+    hidden: int,
+    dtype: torch.dtype,
+    forward: Callable[[], Any],
+    by_rank: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Run `forward`, and tell the tap how its model's blocks hand on the residual stream and what points are wrong.
+
+    n_rows: of the pass that is run. hidden: the residual stream's width; dtype: the engine's. by_rank: gives every
+    rank's value, [ranks, n_rows, hidden], where a model is split over several
+    """
+    found = {}
+    for whole in (False, True):
+        tap.whole = whole
+        found[whole] = Probe(tap, n_rows, hidden, dtype).run(forward, by_rank)
+        if not any(split(point).hook in ("input", "output") for point in found[whole]):
+            break
+    tap.whole = min(found, key=lambda whole: len(found[whole]))
+    tap.wrong = found[tap.whole]
+
+
 class Probe:
     """What is wrong with a model's points: point → why it cannot be had."""
 
     def __init__(self, tap: Tap, n_rows: int, hidden: int, dtype: torch.dtype) -> None:
-        """n_rows: of the pass that is run. hidden: the residual stream's width; dtype: the engine's"""
         self._tap = tap
         self._shape, self._dtype = (n_rows, hidden), dtype
         self._watches: dict[str, Watch] = {}
@@ -33,12 +56,8 @@ class Probe:
         self.wrong: dict[str, str] = {}
 
     def run(self, forward: Callable[[], Any], by_rank: Callable[[Tensor], Tensor] | None = None) -> dict[str, str]:
-        """Run `forward`, and say what is wrong.
-
-        Every value must be (n_rows, hidden), met once, and the same on all ranks; a block must begin with its `input`,
-        and with the `output` of the one before; and output must be input + attn + mlp.
-
-        by_rank: gives every rank's value, [ranks, n_rows, hidden], where a model is split over several
+        """Every value must be (n_rows, hidden), met once, and the same on all ranks; a block must begin with its
+        `input`, and with the `output` of the one before; and output must be input + attn + mlp.
         """
         for point in self._tap.points:
             try:
@@ -94,7 +113,8 @@ class Probe:
         """Hooks that keep what the first of a block's submodules to run is given: the stream, in one part or two."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            values = [flat(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]
+            given = {id(v): v for v in (*args, *kwargs.values())}.values()  # Cohere's norms are given the same twice
+            values = [flat(v) for v in given if isinstance(v, Tensor) and v.is_floating_point()]
             parts = [value for value in values if tuple(value.shape) == self._shape]
             if layer not in self._entered and parts:
                 self._entered[layer] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0].clone()

@@ -122,7 +122,7 @@ class CudaLane(Lane):
             host = torch.empty(slab.shape, dtype=slab.dtype, pin_memory=True).copy_(slab, non_blocking=True)
             ids = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
             ids.copy_(token_ids, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # else the writer thread spins for as long as it waits
             done.record(self._stream)
         for tensor in (slab, token_ids):
             tensor.record_stream(self._stream)
@@ -252,6 +252,10 @@ class Recorder:
         """End the capture of a request; the engine goes on."""
         self._writer.put(0, partial(self._fail, request, reason))
 
+    def slab(self, n_rows: int, n_points: int, device: torch.device) -> Tensor:
+        """Where a step's rows are staged: [n_rows, n_points, hidden], the engine's dtype."""
+        return torch.empty((n_rows, n_points, self._hidden), dtype=self._dtype, device=device)
+
     def plan(self, batch: Batch, device: torch.device) -> Step | None:
         """The step that will record this batch, or None if nothing in it is captured."""
         spans: list[Span] = []
@@ -276,7 +280,7 @@ class Recorder:
             return None
         points = dict.fromkeys(point for kind in kinds for point in kind)
         try:
-            slab = torch.empty((at, len(points), self._hidden), dtype=self._dtype, device=device)
+            slab = self.slab(at, len(points), device)
         except RuntimeError as error:  # no memory left on the device
             self._drop(spans, f"no room to stage {at} rows: {error}")
             return None

@@ -93,29 +93,6 @@ def flat(value: Tensor) -> Tensor:
     return value[0] if value.dim() == 3 and value.shape[0] == 1 else value
 
 
-def block_output(value: Any) -> Stream:
-    """The residual stream after a block: its hidden states and, in most of vLLM's families, the residual apart.
-
-    value:  `hidden` or `(hidden, residual)`, each (rows, d_model)
-    source: vllm 0.32, model_executor/models/llama.py, LlamaDecoderLayer.forward
-    """
-    return Stream(*value[:2]) if isinstance(value, tuple) else Stream(value)
-
-
-def block_input(module: nn.Module) -> Read:
-    """A reader of the residual stream before a block, out of the `(args, kwargs)` that the block was called with."""
-    signature = inspect.signature(type(module).forward)
-    if "hidden_states" not in signature.parameters:
-        raise UnknownPoint(f"{type(module).__name__} takes no hidden_states: its input cannot be told")
-
-    def read(value: Any) -> Stream:
-        args, kwargs = value
-        given = signature.bind(module, *args, **kwargs).arguments
-        return Stream(given["hidden_states"], given.get("residual"))
-
-    return read
-
-
 def first_output(value: Any) -> Stream:
     """What a module returns, the first of several: norms return the residual beside it, linear layers a bias."""
     return Stream(value[0] if isinstance(value, tuple) else value)
@@ -151,7 +128,10 @@ class Tap(Interleaver):
         self._path, self.blocks = find_blocks(model, n_layers)
         self._custom = custom or {}
         self.points = Points(n_layers, custom).all
-        self.wrong: dict[str, str] = {}  # point → why it cannot be had, once `worker.probe` has told
+        # What `worker.probe` finds out: whether a block takes and returns the residual stream whole and something else
+        # beside it, and why a point cannot be had.
+        self.whole = False
+        self.wrong: dict[str, str] = {}
         self._watched: dict[str, Watch] = {}
         self._receive: dict[str, list[Callable[[Any], None]]] = {}
         self.reached = False  # whether the last pass came by any of its points
@@ -181,15 +161,41 @@ class Tap(Interleaver):
             raise UnknownPoint(f"{point}: {self.family} has layers 0 to {len(self.blocks) - 1}")
         block, path = self.blocks[layer], f"{self._path}.{layer}"
         if hook == "output":
-            return Watch(block, path, "output", block_output)
+            return Watch(block, path, "output", self._output)
         if hook == "input":
-            return Watch(block, path, "input", block_input(block))
+            return Watch(block, path, "input", self._input(block))
         names = SANDWICHED[hook] if hasattr(block, SANDWICHED["mlp"][0]) else JOINING[hook]
         name = next((n for n in names if isinstance(getattr(block, n, None), nn.Module)), None)
         if name is None:
             has = ", ".join(name for name, _ in block.named_children())
             raise UnknownPoint(f"{point}: {type(block).__name__} has no {hook}, only {has}")
         return Watch(getattr(block, name), f"{path}.{name}", "output", first_output)
+
+    def _stream(self, hidden: Tensor, residual: Tensor | None = None) -> Stream:
+        """The residual stream, (rows, d_model), of what a block takes or returns: most of vLLM's families carry it in
+        two parts.
+        """
+        return Stream(hidden, None if self.whole else residual)
+
+    def _output(self, value: Any) -> Stream:
+        """The residual stream after a block, out of the `hidden` or `(hidden, residual)` that it returned.
+
+        source: vllm 0.32, model_executor/models/llama.py, LlamaDecoderLayer.forward
+        """
+        return self._stream(*value[:2]) if isinstance(value, tuple) else self._stream(value)
+
+    def _input(self, block: nn.Module) -> Read:
+        """A reader of the residual stream before a block, out of the `(args, kwargs)` that it was called with."""
+        signature = inspect.signature(type(block).forward)
+        if "hidden_states" not in signature.parameters:
+            raise UnknownPoint(f"{type(block).__name__} takes no hidden_states: its input cannot be told")
+
+        def read(value: Any) -> Stream:
+            args, kwargs = value
+            given = signature.bind(block, *args, **kwargs).arguments
+            return self._stream(given["hidden_states"], given.get("residual"))
+
+        return read
 
     def _final_norm(self) -> Watch:
         parent_path, _, _ = self._path.rpartition(".")

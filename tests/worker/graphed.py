@@ -21,7 +21,7 @@ check = CpuPlatform.check_and_update_config
 
 
 class GraphedWorker(engine.RecordingWorker):
-    """Does with its model, and before its probe, what vLLM's worker for a GPU does."""
+    """Does with its model, and after its probe, what vLLM's worker for a GPU does."""
 
     def load_model(self, **kwargs):
         super().load_model(**kwargs)
@@ -30,8 +30,9 @@ class GraphedWorker(engine.RecordingWorker):
         runner.get_model = runner.model.unwrap
 
     def compile_or_warm_up_model(self):
+        done = super().compile_or_warm_up_model()
         self.model_runner.capture_model()
-        return super().compile_or_warm_up_model()
+        return done
 
 
 @contextmanager

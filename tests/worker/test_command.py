@@ -84,7 +84,7 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
     ("flags", "says"),
     [
         (["--speculative-config", "{}"], "cannot be told apart"),
-        (["-pp", "2"], "-pp 2: .* use --tensor-parallel-size"),
+        (["-pp", "2"], "--pipeline-parallel-size 2: .* use --tensor-parallel-size"),
         (["--pipeline_parallel_size=2"], "--pipeline-parallel-size 2: "),
         (["--data-parallel-size", "1", "--data-parallel-size=2"], "--data-parallel-size 2: "),
         (["--data-parallel-size=2"], "--data-parallel-size 2: .* --backend URL --backend URL"),
@@ -96,6 +96,8 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
         (["--additional-config=[]"], r"--additional-config \[\]: give"),
         (["--additional-config.a", "1"], "--additional-config.a: give --additional-config one JSON object"),
         (["--capture-source=graphs", "--compilation-config.mode=3"], "--compilation-config.mode=3: give"),
+        (["--capture-source=graphs", "-cc.mode=3"], "--compilation-config.mode=3: give"),
+        (["-sc", "{}"], "cannot be told apart"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags, says):
@@ -120,6 +122,7 @@ def test_a_compiled_model_is_not_made_eager_and_an_edit_is_found_from_anywhere(m
     compilation = json.loads(command[command.index("--compilation-config") + 1])
     assert "--enforce-eager" not in command and compilation == {"cudagraph_mode": "FULL", "mode": 0}
     assert additional["tautap"]["source"] == "graphs" and command.count("--compilation-config") == 1
+    assert command == settled([model, "--capture-source", "graphs", "-cc", FULL], tmp_path)[0]
     (tmp_path / "edits.py").write_text(EDITS)
     monkeypatch.chdir(tmp_path)
     for function in ("steer", "told"):
@@ -180,7 +183,7 @@ def run(*arguments, script=None, **env):
         (["--port", "{taken}"], "cannot listen on 127.0.0.1:{taken}: Address already in use: give another --port"),
         (["--host", "203.0.113.1", "--api-key", "k"], "cannot listen on 203.0.113.1:8001: "),
         (["--uds", "{tmp}/socket"], "--uds {tmp}/socket is there and no socket: delete it, or give another path"),
-        (["-dp", "2"], "-dp 2: start one worker for each replica"),
+        (["-dp", "2"], "--data-parallel-size 2: start one worker for each replica"),
     ],
 )
 def test_bad_input_exits_with_2_and_one_line(model, tmp_path, arguments, says):

@@ -6,7 +6,7 @@ from torch import nn
 
 from episodes.errors import UnknownPoint
 from episodes.points import split
-from worker.probe import Probe
+from worker.probe import probe
 from worker.tap import Tap
 
 HIDDEN, N_LAYERS = 8, 3
@@ -38,8 +38,15 @@ class Whole(Block):
     """As Cohere's and EXAONE 4's: the stream is returned whole, and what is beside it is not to be added."""
 
     def forward(self, positions, hidden_states, residual):
-        normed, residual = self.norm(hidden_states)
-        return residual + self.self_attn(normed) + self.mlp(normed), residual
+        normed, _ = self.norm(hidden_states)
+        return hidden_states + self.self_attn(normed) + self.mlp(normed), hidden_states
+
+
+class Second(Block):
+    """The next block begins with the second of what it returns."""
+
+    def forward(self, positions, hidden_states, residual):
+        return super().forward(positions, hidden_states if residual is None else residual, None)
 
 
 class Scaled(Block):
@@ -122,7 +129,7 @@ def probed(kind, custom=None):
     model = Model(kind)
     tap = Tap(model, N_LAYERS, custom)
     with torch.no_grad():
-        tap.wrong = Probe(tap, 1, HIDDEN, torch.float32).run(lambda: model(torch.tensor([5])))
+        probe(tap, 1, HIDDEN, torch.float32, lambda: model(torch.tensor([5])))
     return tap
 
 
@@ -131,7 +138,8 @@ def probed(kind, custom=None):
     [
         (Block, [], ""),
         (Paired, [], ""),
-        (Whole, ["input", "output", "attn", "mlp"], "Model: layer 1 does not begin with layers."),
+        (Whole, [], ""),
+        (Second, ["input", "output", "attn", "mlp"], "Model: layer 1 does not begin with layers."),
         (Scaled, ["attn", "mlp"], "attn and mlp are not what joins the residual stream at layer 0"),
         (Half, ["attn", "mlp"], "attn and mlp are not what joins the residual stream at layer 0"),
         (Silent, ["attn", "mlp"], "Model does not run it"),
