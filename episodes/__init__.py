@@ -3,11 +3,13 @@
 from episodes import open_run
 
 run = open_run("data/my-run")
-run.episodes, run.calls                                   # Arrow tables
-run.call(run.calls["call"][0].as_py()).activations("layers.8.output")   # [positions, hidden]
+run.episodes, run.columns("call", "role", "status")       # Arrow tables; `run.calls` has all that was said, too
+for call in run.episode(run.names[0]):
+    if call.whole:
+        call.activations("layers.8.output")               # [positions, hidden]
 """
 
-from episodes.errors import MissingRows
+from episodes.errors import MissingRows, UnknownPoint
 from episodes.run import Call, Run, open_run
 
-__all__ = ["Call", "MissingRows", "Run", "open_run"]
+__all__ = ["Call", "MissingRows", "Run", "UnknownPoint", "open_run"]

@@ -14,7 +14,7 @@ TautapError
 │   ├── WorkerUnreachable  one that was sent nothing
 │   └── WorkerTooSlow    one that kept us waiting longer than it may: HTTP answers 504
 ├── NotStored            the disk does not take what is to be recorded: HTTP answers 503
-├── MissingRows          a reader asked for rows that were never stored
+├── MissingRows          a reader asked for rows that were never stored, or lie in a file that is not there
 ├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
 └── CaptureLost          a call whose activations cannot be had, with the reason
 """

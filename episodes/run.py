@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from episodes import checkpoint, journal, records
 from episodes.errors import BadInput, BadName, BadRun, CorruptFile, MissingRows, UnknownPoint
@@ -31,6 +32,8 @@ def open_run(path: str | Path) -> Run:
 
 class Run:
     """A run, read only. What is committed after it was opened is not seen.
+
+    about: what `run.json` says, `episodes.records.Run`
 
     By its index and its checkpoint only what the journal gained since they were written is read, nothing once a proxy
     has stopped, and the lines of calls that are asked for.
@@ -55,6 +58,9 @@ class Run:
         self._members: dict[str, list[str]] = {}
         for call, entry in self._calls.items():
             self._members.setdefault(entry.episode, []).append(call)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.layout.root}: {len(self._members)} episodes, {len(self._calls)} calls>"
 
     def _read_tail(self) -> None:
         now = checkpoint.state(self.layout) if self.index else None
@@ -89,14 +95,23 @@ class Run:
 
     @property
     def calls(self) -> pa.Table:
-        """One row per call, columns as in `episodes.tables.CALLS`."""
+        """One row per call, columns as in `episodes.tables`; read anew each time, with all that was said."""
+        return self.columns(*CALLS.names)
+
+    def columns(self, *names: str) -> pa.Table:
+        """`calls` with these columns alone: the others are not kept in memory, nor read where the index has all."""
+        if unknown := [name for name in names if name not in CALLS.names]:
+            raise BadInput(f"calls have no column {', '.join(unknown)}: they have {', '.join(CALLS.names)}")
+        columns = list(names)
         if self.index and self._now is None:
-            return self.index.table()
-        return pa.concat_tables([CALLS.empty_table(), *self._roll().calls()])
+            return self.index.table(columns)
+        return pa.concat_tables(
+            [CALLS.empty_table().select(columns), *(table.select(columns) for table in self._roll().calls())]
+        )
 
     @property
     def episodes(self) -> pa.Table:
-        """One row per episode, columns as in `episodes.tables.EPISODES`."""
+        """One row per episode, columns as in `episodes.tables`."""
         if self.index and self._now is None:
             return self.index.episodes
         return self._recent_episodes
@@ -139,7 +154,8 @@ class Run:
         return self.index.spans(call.id)
 
     def read(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
-        """Copy the rows that a sequence stored itself; CorruptFile if they are not there.
+        """Copy the rows that a sequence stored itself; CorruptFile if they are not where they should be, MissingRows if
+        that file is not there.
 
         into: [stop - start, hidden]
         """
@@ -153,7 +169,7 @@ class Run:
     def _read_sealed(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
         try:
             self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
-        except (FileNotFoundError, CorruptFile):
+        except (MissingRows, CorruptFile):
             n_bytes = self.layout.journal.stat().st_size
             if n_bytes == self._journal_bytes:
                 raise
@@ -166,11 +182,24 @@ class Run:
 
 
 class Call:
-    """A call of a run: its record's fields, and its activations."""
+    """A call of a run, and its activations. record: what the journal has of it, `episodes.records.Call`."""
 
     def __init__(self, run: Run, record: records.Call) -> None:
         self.run = run
         self.record = record
+
+    def __repr__(self) -> str:
+        record = self.record
+        tokens = f"{record.n_prompt} + {record.n_completion} tokens"
+        said = f"{record.role}, turn {record.turn}, HTTP {record.status}, {tokens}, {len(record.points)} points"
+        return f"<Call {record.id} of {record.episode}: {said}>"
+
+    @property
+    def whole(self) -> bool:
+        """Whether it was answered to the end, recorded at some point, and has a row for every position asked for."""
+        record = self.record
+        answered = record.status == 200 and record.error is None
+        return bool(answered and record.points and record.sequences) and not self.missing
 
     def spans(self, choice: int = 0) -> list[Span]:
         """Whose rows the call's positions have, in order."""
@@ -196,32 +225,62 @@ class Call:
         """
         record, found = self.record, {s.choice: s for s in self.record.sequences}
         if not found:
-            raise MissingRows(f"call {record.id}: no activations: {record.lost or record.error or 'not asked for'}")
+            raise MissingRows(f"call {record.id}: no activations: {self._why_none()}")
         if choice not in found:
             raise BadInput(f"call {record.id} has no choice {choice}: it has {', '.join(map(str, found))}")
         return found[choice]
 
-    def activations(self, point: str, choice: int = 0) -> NDArray[Any]:
-        """[positions, hidden] in the engine's dtype, the spans stitched together: a row for each of `positions`.
+    def _why_none(self) -> str:
+        record = self.record
+        refused = f"the client got HTTP {record.status}" if record.status != 200 else "not asked for"
+        return record.lost or record.error or refused
 
-        UnknownPoint for a point that this call did not record; MissingRows if positions have no row; BadInput for a
-        choice that it does not have.
+    def activations(self, point: str, choice: int = 0, *, positions: ArrayLike | None = None) -> NDArray[Any]:
+        """[positions, hidden] in the engine's dtype, the spans stitched together: a row for each of `positions()`.
+
+        positions: [n] of those, in any order, negative ones counted from their end; then [n, hidden], and no other rows
+        are read
+
+        UnknownPoint for a point that this call did not record; MissingRows if one of the positions has no row, or its
+        row is in a file that is not there; BadInput for a choice or a position that it does not have.
         """
         if point not in self.record.points:
-            lost = f": {self.record.lost}" if self.record.lost else ""
-            raise UnknownPoint(f"{point}: call {self.record.id} recorded {self.record.points or 'no points'}{lost}")
-        self._sequence(choice)
-        spans = self.spans(choice)
-        holes = [f"{span.start} to {span.stop}" for span in spans if span.owner is None]
+            recorded = ", ".join(self.record.points) or f"no points: {self._why_none()}"
+            raise UnknownPoint(f"{point}: call {self.record.id} recorded {recorded}")
+        wanted = self._wanted(choice, positions)
+        parts = list(self._parts(choice, wanted))
+        holes = [f"{wanted[a]} to {wanted[b - 1] + 1}" for owner, a, b in parts if owner is None]
         if holes:
             raise MissingRows(f"call {self.record.id}, choice {choice}: no rows for positions {', '.join(holes)}")
-        rows = self._rows(sum(span.stop - span.start for span in spans))
-        at = 0
-        for owner, start, stop in spans:
+        rows = self._rows(len(wanted))
+        for owner, a, b in parts:
             assert owner is not None
-            self.run.read(owner, start, stop, point, rows[at : at + stop - start])
-            at += stop - start
+            self.run.read(owner, int(wanted[a]), int(wanted[b - 1]) + 1, point, rows[a:b])
         return rows
+
+    def _wanted(self, choice: int, positions: ArrayLike | None) -> NDArray[Any]:
+        """[n]: the token positions that are asked for; BadInput if they are none of `positions()`."""
+        if positions is None:
+            return self.positions(choice)
+        first, stop = self._sequence(choice).wanted(self.record.tokens)
+        given = np.asarray(positions)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise BadInput("positions: give a list of token positions; with a mask, `call.positions()[mask]`")
+        wanted = np.where(given < 0, given + stop, given).astype(np.int64)
+        outside = given[(wanted < first) | (wanted >= stop)]
+        if outside.size:
+            has = f"{first} to {stop - 1}" if first < stop else "none"
+            raise BadInput(f"call {self.record.id}, choice {choice} has no row at position {outside[0]}: it has {has}")
+        return wanted
+
+    def _parts(self, choice: int, wanted: NDArray[Any]) -> Iterator[tuple[Owner | None, int, int]]:
+        """Stretches of `wanted`, from where to where in it, that are consecutive positions of one owner's."""
+        spans = self.spans(choice)
+        whose = np.searchsorted([span.stop for span in spans], wanted, side="right")
+        edges = np.flatnonzero((np.diff(wanted) != 1) | (np.diff(whose) != 0)) + 1
+        for a, b in pairwise([0, *edges.tolist(), len(wanted)]):
+            if a < b:
+                yield spans[whose[a]].owner, a, b
 
     def _rows(self, n_rows: int) -> NDArray[Any]:
         """[n_rows, hidden], not filled; in memory of Arrow's, which keeps what is given back to it: to have new memory
@@ -236,7 +295,13 @@ class Call:
 
 
 def _open_shard(layout: Layout, episode: str) -> Shard:
-    return Shard(layout.shard(episode))
+    try:
+        return Shard(layout.shard(episode))
+    except FileNotFoundError:
+        path = layout.shard(episode)
+        raise MissingRows(
+            f"{path} is not there, with the rows of its episode that others share: move runs whole"
+        ) from None
 
 
 def _some(names: list[str]) -> str:

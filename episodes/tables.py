@@ -1,5 +1,32 @@
 """The index tables: `calls.parquet` and `episodes.parquet`, made from the journal's history.
 
+**calls.parquet**, a row per call in the order of the journal, those too that fill holes (role `backfill`):
+
+    call episode thread role turn attempt kind   where it belongs, as in `episodes.records.Call`
+    endpoint model request reply                 what was asked and answered, JSON texts
+    started first_byte ended                     first_byte: null if no reply began
+    status finish_reason error                   HTTP status, 0 if none; `length` if cut short; why the reply failed
+    lost foreign                                 why activations were lost, which a backfill may have had since; whether
+                                                 the backend sent some of its own
+    n_prompt n_cached n_completion               tokens, of all choices; n_cached: of the prompt, out of the cache
+    n_rows n_missing                             rows that it stores; positions that should have a row and have none
+    points tokens                                what was asked of the worker, no points if nothing
+    spans sequences                              whose rows its positions have; the engine's token ids, per choice
+    journal_at                                   where its line is
+
+**episodes.parquet**, a row per episode, `warmups` too:
+
+    episode status                               status: `live`, or `sealed` if its shard has all of its calls
+    benchmark env split task_id trial            null until a results file is linked, but for benchmark; task_id is text
+    strategy user_strategy                       the agent's and the user's
+    reward error info                            the results file's; error: why the attempt crashed; info: JSON
+    linked_by link_tied                          `transcript`, `instruction` or `order`, the weakest; other episodes
+                                                 that the result fits as well
+    agent_thread user_thread threads tied        tied: other threads that could stand in it as well
+    n_calls n_turns n_prompt n_completion        sums over its calls, without backfills
+    n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's
+    started ended shard n_bytes                  shard: its path in the run, null if it has none
+
 The file metadata `journal_bytes` says how much of the journal a table stands for, `journal_crc32` what the last of it
 is (`journal.end`). Who reads a run need not read that part of the journal, but for the lines of calls that are asked
 for, which `journal_at` finds.
@@ -259,9 +286,9 @@ class Index:
         except (OSError, KeyError, ValueError, pa.ArrowException):
             return None
 
-    def table(self) -> pa.Table:
-        """All of CALLS."""
-        return self._file.read().replace_schema_metadata(None)
+    def table(self, columns: list[str]) -> pa.Table:
+        """These of CALLS."""
+        return self._file.read(columns).select(columns).replace_schema_metadata(None)
 
     def groups(self) -> Iterator[tuple[list[Entry], Callable[[], pa.Table]]]:
         """The calls of each row group, and what reads it."""

@@ -549,7 +549,7 @@ def test_a_reader_finds_rows_that_have_moved_since_it_opened_the_run(tmp_path):
     for name, tokens in {"c2": [1, 2, 3, 4], "c3": [9, 9]}.items():
         assert np.array_equal(opened[name].call(name).activations(POINTS[0]), expected(tokens, POINTS[0]))
     writer.layout.shard("e").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingRows, match=r"shards/e\.parquet is not there"):
         open_run(writer.layout.root).call("c3").activations(POINTS[0])
     writer.close()
 
@@ -562,7 +562,7 @@ def test_a_run_is_not_opened_again_for_rows_that_are_gone(tmp_path, monkeypatch)
     run = writer.close()
     writer.layout.shard("e").unlink()
     monkeypatch.setattr("episodes.run.Run", None)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(MissingRows, match=r"shards/e\.parquet is not there"):
         run.call("c1").activations(POINTS[0])
 
 
