@@ -18,7 +18,9 @@ A call with the role `backfill` is nobody's request: it stores rows that another
 
 **Shard columns**: `call` `thread` `role` string, `turn` `attempt` int32, `choice` int16, `position` `token_id` int32,
 `phase` (`prompt` or `completion`), then one column per point, fixed_size_binary(itemsize · hidden): little-endian
-elements, null where that call did not record that point. Field metadata: `dtype` (`bfloat16`, `float16`, `float32`)
+elements, null where that call did not record that point. `role` is the thread's, as in `episodes.records.Role`. `phase`
+tells whether the token stood in the prompt of the call that computed the row, so a reply's last token, which the next
+call feeds in, is `prompt` there. Field metadata: `dtype` (`bfloat16`, `float16`, `float32`)
 and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements per point. Rows are in the order of the
 journal, then choice, then position; row groups hold at most 4,096 rows; pages carry checksums; vectors have neither
 dictionary nor statistics and are compressed with zstd level 1 unless the run says `none`.

@@ -234,7 +234,7 @@ def test_a_model_without_auxiliary_hidden_states_is_refused_at_start_by_name(rec
 
 
 STEER = f"""
-{README_BLOCKS[2].replace("layers[12]", "layers[1]")}
+{README_BLOCKS[-1].replace("layers[12]", "layers[1]")}
 
 def told(model, rows):
     steer(model)
