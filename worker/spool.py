@@ -9,7 +9,9 @@
     .reason                         why the engine could not start (`worker.launch`)
     .wrong                          which points the model does not have, and why (`worker.probe`)
 
-The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server.
+The format is in `episodes.wire`. Written by the engine process, read and deleted by the API server. Prompts can be read
+out of it, and its name can be guessed: it is made for its owner alone, and nothing that others could have put there is
+used.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,11 +128,13 @@ def used_bytes(directory: Path) -> int:
 def prepare(directory: Path, n_bytes: int = 0) -> None:
     """Make the directory this process's own and clear what a worker before it left: nobody can claim that any more.
 
-    The lock is held until the process ends, whatever it becomes by `exec`. BadInput if another worker holds it, or if
-    n_bytes of rows would not fit.
+    The lock is held until the process ends, whatever it becomes by `exec`. BadInput if another worker holds it, if
+    others may have put something there, or if n_bytes of rows would not fit.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(0o700, parents=True)
+    _check_own(directory)
+    lock = _opened(directory / ".lock", 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -142,4 +147,24 @@ def prepare(directory: Path, n_bytes: int = 0) -> None:
     free = shutil.disk_usage(directory).free
     if free < n_bytes:
         raise BadInput(f"{free:,} bytes are free in {directory}: give another --spool-dir, or fewer --spool-bytes")
-    (directory / TOKEN).write_text(secrets.token_hex())
+    # For a group too, if it was let into the directory: with the token it takes rows out of it, as `episodes.handover`.
+    with os.fdopen(_opened(directory / TOKEN, 0o640, os.O_TRUNC), "w") as token:
+        token.write(secrets.token_hex())
+
+
+def _check_own(directory: Path) -> None:
+    """BadInput for a spool in which others can write, or could lead what is written elsewhere."""
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise BadInput(f"{directory} is no directory: delete it, or give another --spool-dir")
+    if found.st_uid != os.geteuid():
+        raise BadInput(f"{directory} belongs to user {found.st_uid}, not to {os.geteuid()}: give another --spool-dir")
+    if found.st_mode & 0o022:
+        raise BadInput(f"others may write in {directory}: delete it, or give another --spool-dir")
+
+
+def _opened(path: Path, mode: int, flags: int = 0) -> int:
+    """A descriptor of a file of ours that is made if it is not there; OSError if it is a link to another."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | flags, mode)
+    os.fchmod(descriptor, mode)
+    return descriptor

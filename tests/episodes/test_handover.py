@@ -2,6 +2,9 @@
 
 import errno
 import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -109,6 +112,27 @@ def test_a_directory_that_is_not_the_workers_is_not_taken_from(spool, tmp_path):
     assert not take(asked, other, tmp_path / "out")
     written[1].unlink()
     assert not take(asked, spool, tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+@contextmanager
+def nobody():
+    """Be a user without rights for a while, where root runs the tests; nobody else may read what has mode 0."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+def test_a_spool_of_another_user_is_not_taken_from(spool):
+    """As a worker makes it, for itself alone: its rows then come over HTTP."""
+    asked = recipe(spool, write(spool))
+    spool.chmod(0)
+    with nobody(), tempfile.TemporaryDirectory() as own:
+        assert not take(asked, spool, Path(own) / "out") and not list(Path(own).iterdir())
+    spool.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", ".token", "c.0.part", "c/../../x.0.safetensors"])

@@ -166,6 +166,68 @@ def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
     assert (spool / "new.0.safetensors").exists()
 
 
+def test_a_spool_is_its_users_alone(tmp_path):
+    """Whatever the umask; a directory that was made for a group to read stays so, and a lock of before is closed."""
+    made, given = tmp_path / "made", tmp_path / "given"
+    given.mkdir()
+    given.chmod(0o2750)
+    (given / ".lock").touch(0o666)
+    before = os.umask(0)
+    try:
+        prepare(made)
+        prepare(given)
+    finally:
+        os.umask(before)
+    assert mode(made) == 0o700 and mode(given) == 0o2750
+    assert [mode(home / ".lock") for home in (made, given)] == [0o600] * 2 and mode(given / ".token") == 0o640
+
+
+def mode(path):
+    return path.stat().st_mode & 0o7777
+
+
+@pytest.mark.parametrize("access", [0o777, 0o1777, 0o770])
+def test_a_spool_that_others_may_write_in_is_refused(tmp_path, access):
+    """Its name can be guessed: who made it before may have put a link there, and what it leads to would be lost."""
+    spool, precious = tmp_path / "spool", tmp_path / "precious"
+    spool.mkdir()
+    spool.chmod(access)
+    precious.write_text("mine")
+    (spool / ".token").symlink_to(precious)
+    with pytest.raises(BadInput, match=f"others may write in {spool}: delete it, or give another --spool-dir"):
+        prepare(spool)
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".lock", ".token"])
+def test_no_link_in_a_spool_is_followed(tmp_path, name):
+    spool, precious = tmp_path / "spool", tmp_path / "precious"
+    spool.mkdir(0o700)
+    precious.write_text("mine")
+    (spool / name).symlink_to(precious)
+    with pytest.raises(OSError, match="symbolic link"):
+        prepare(spool)
+    assert precious.read_text() == "mine"
+
+
+def test_a_spool_that_is_a_link_or_a_file_is_refused(tmp_path):
+    (tmp_path / "mine").mkdir(0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
+    (tmp_path / "file").touch()
+    for name in ("link", "nowhere", "file"):
+        with pytest.raises(BadInput, match="is no directory: delete it"):
+            prepare(tmp_path / name)
+    assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "none").exists()
+
+
+def test_a_spool_of_another_user_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "spool").mkdir(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    with pytest.raises(BadInput, match=f"belongs to user {os.getuid()}, not to 4321: give another --spool-dir"):
+        prepare(tmp_path / "spool")
+
+
 def run(*arguments, script=None, **env):
     """`tautap worker` with these arguments, in a directory where `broken` is no model."""
     command = [sys.executable, *(("-c", script) if script else ("-m", "proxy", "worker")), *arguments]
