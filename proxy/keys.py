@@ -8,10 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
+from multidict import istr
 
-from episodes.access import key_in, text_of
+from episodes.access import foreign, key_in, text_of
 from episodes.errors import BadInput
 from proxy.refusals import refusal
 
@@ -20,6 +21,7 @@ BACKEND_KEY = "TAUTAP_BACKEND_KEY"
 # Without a key: what tells a balancer that the proxy lives, and nothing more.
 OPEN = ("/health/live", "/health/ready")
 CLIENT = web.RequestKey("client", str)
+SITE = istr("Sec-Fetch-Site")
 ENTRY = re.compile(r"(?P<name>[A-Za-z0-9._@-]{1,64})\s+(?P<key>[\x21-\x7e]{8,512})")
 
 
@@ -59,6 +61,14 @@ def guard(keys: Keys) -> Middleware:
         return await handler(request)
 
     return guarded
+
+
+@web.middleware
+async def local(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Lets in who is on this machine, and no web page that is open in a browser here: the guard where no keys are."""
+    headers = request.headers
+    reason = foreign(headers.get(hdrs.HOST), headers.get(hdrs.ORIGIN), headers.get(SITE))
+    return await handler(request) if reason is None else refusal(403, reason, "permission_denied")
 
 
 def parse(lines: Iterable[str], source: str) -> dict[str, str]:

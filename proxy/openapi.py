@@ -39,6 +39,7 @@ NAME: JSON = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
 REFUSALS = {
     "400": "something is wrong with the request",
     "401": "no key, or none of the proxy's",
+    "403": "no keys are set, and it comes from a web page or to a name that is not this machine's",
     "404": "no such path, or no such model",
     "405": "not with this method",
     "409": "the run cannot be used",
@@ -99,17 +100,19 @@ def _generation(prompt: str, schema: JSON) -> JSON:
 
 
 def _operation(gives: str, schema: JSON) -> JSON:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     good = {"description": gives, "content": {"application/json": {"schema": schema}}}
-    return {
-        "responses": {"200": good} | {code: {"description": why, "content": error} for code, why in REFUSALS.items()}
-    }
+    return {"responses": {"200": good} | {code: _refusal(code) for code in REFUSALS}}
+
+
+def _refusal(code: str) -> JSON:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    return {"description": REFUSALS[code], "content": error}
 
 
 def _health(good: str) -> JSON:
     content = {"application/json": {"schema": {"type": "object", "required": ["status"]}}}
     responses = {"200": {"description": good, "content": content}, "503": {"description": "no", "content": content}}
-    return {"security": [], "responses": responses}
+    return {"security": [], "responses": responses | {"403": _refusal("403")}}
 
 
 def _counts() -> JSON:

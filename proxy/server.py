@@ -33,7 +33,7 @@ from proxy import admin, bodies, metrics, openapi
 from proxy.config import TLS, Config
 from proxy.exchange import Exchange
 from proxy.generation import GONE, STOPPED, Generation
-from proxy.keys import CLIENT, guard
+from proxy.keys import CLIENT, guard, local
 from proxy.metrics import Metrics, Watch
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
@@ -53,8 +53,8 @@ class Proxy:
         self._in_flight = 0
 
     def app(self) -> web.Application:
-        guards = [guard(self._config.keys)] if self._config.keys else []
-        app = web.Application(client_max_size=self._config.limits.body_bytes, middlewares=[in_openai_shape, *guards])
+        guarded = guard(self._config.keys) if self._config.keys else local
+        app = web.Application(client_max_size=self._config.limits.body_bytes, middlewares=[in_openai_shape, guarded])
         app.on_response_prepare.append(sign)
         app.cleanup_ctx.append(self._run)
         app.on_shutdown.append(self._drain)

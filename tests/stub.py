@@ -209,7 +209,7 @@ class Stub:
         ]
         self.app = Starlette(routes=routes)
         self.app.state.engine_client = self.engine
-        self.app.state.args = SimpleNamespace(api_key=[api_key] if api_key else None)
+        self.app.state.args = SimpleNamespace(api_key=[api_key] if api_key else None, uds=None)
 
     async def chat(self, request: Request) -> Response:
         return await self._serve(request, "chat.completion")
@@ -337,12 +337,13 @@ def server(stub: Stub, captures: bool = True, port: int = 0, uds: Path | None = 
     """A server for a stub. captures: False makes it a backend that is not ours: no middleware, no routes. uds: a path
     to listen at instead of a port.
     """
+    stub.app.state.args.uds = None if uds is None else str(uds)
     app = CaptureMiddleware(stub.app) if captures else stub.app
     # The middleware stands outside the app here, so the app's own lifespan scope has to be given to it.
     config = uvicorn.Config(
         _with_app(app, stub.app),
         port=port,
-        uds=None if uds is None else str(uds),
+        uds=stub.app.state.args.uds,
         log_level="critical",
         lifespan="on",
         ws="none",

@@ -98,7 +98,8 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     if ours.api_key_file is not None:
         env["VLLM_API_KEY"] = key_in(Path(ours.api_key_file))
     _check_listening(vllm_args, env)
-    defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001"}
+    # No web page may read what it answers: older releases of vLLM let all of them.
+    defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001", "--allowed-origins": "[]"}
     if model is None and _value(vllm_args, "--model") is None:
         from worker import smollm
 

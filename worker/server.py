@@ -2,7 +2,8 @@
 
 The middleware touches only generation requests that ask for a capture: it takes the asking out of the body, puts in
 the `cache_salt` that keeps captured and other prompts apart in the prefix cache, and follows the call in the ledger.
-The routes are added to vLLM's app as it starts. Where there is an `--api-key`, every path but `/health` wants it here.
+The routes are added to vLLM's app as it starts. Where there is an `--api-key`, every path but `/health` wants it here;
+at a port without one, no web page is served.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import zstandard
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from episodes.access import foreign
 from episodes.errors import BadInput, CaptureLost
 from episodes.handover import TOKEN, Recipe
 from episodes.messages import media, parse_object, parse_request
@@ -46,6 +48,15 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # In an Accept-Encoding, unless its weight is nought.
 ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
+# What tells of a browser, and of whose page it shows.
+SENT_FROM = (b"host", b"origin", b"sec-fetch-site")
+KINDS = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    410: "GoneError",
+}
 SECONDS = re.compile(r"\d+(\.\d+)?")
 CHUNK = 4 << 20
 EMBED_WAIT_S = 60.0
@@ -58,12 +69,13 @@ class CaptureMiddleware:
         self._ledger: Ledger
         self._about: About
         self._keys: list[bytes] = []
+        self._on_socket = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._install(scope["app"])
-        elif not self._admitted(scope):
-            return await _refuse(scope, receive, send)
+        elif (objection := self._objection(scope)) is not None:
+            return await _refuse(*objection, scope, receive, send)
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
             await self._generation(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in ("/metrics", "/metrics/"):
@@ -74,6 +86,7 @@ class CaptureMiddleware:
     def _install(self, app: Any) -> None:
         given = app.state.args.api_key or [os.environ.get("VLLM_API_KEY")]
         self._keys = [f"Bearer {key}".encode() for key in given if key]
+        self._on_socket = app.state.args.uds is not None
         engine = app.state.engine_client
         self._about = About(engine.vllm_config)
         self._ledger = Ledger(Path(self._about.config.spool_dir))
@@ -87,12 +100,18 @@ class CaptureMiddleware:
         ):
             app.add_route(path, handler, methods=[method])
 
-    def _admitted(self, scope: Scope) -> bool:
-        """Whether a request has a key, where there are any. vLLM's own check leaves all but a few prefixes open."""
-        if not self._keys or scope["path"] == "/health":
-            return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return any([hmac.compare_digest(given, key) for key in self._keys])  # a list: all of them, in the same time
+    def _objection(self, scope: Scope) -> tuple[int, str] | None:
+        """The status and the reason with which a request is refused; None if it is let in. Where there are keys it
+        needs one: vLLM's own check leaves all but a few prefixes open. No browser speaks to a socket.
+        """
+        if not self._keys:
+            reason = None if self._on_socket else foreign(*(_header(scope, name) for name in SENT_FROM))
+            return None if reason is None else (403, reason)
+        given = (_header(scope, b"authorization") or "").encode("latin-1")
+        # A list: all of them, in the same time.
+        if scope["path"] == "/health" or any([hmac.compare_digest(given, key) for key in self._keys]):
+            return None
+        return 401, "give the worker's key: Authorization: Bearer <key>"
 
     async def _generation(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _read(receive)
@@ -310,11 +329,14 @@ class Routes:
         return Response(status_code=204)
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+def _header(scope: Scope, name: bytes) -> str | None:
+    return next((value.decode("latin-1") for given, value in scope["headers"] if given == name), None)
+
+
+async def _refuse(status: int, reason: str, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008})
-    response = JSONResponse(_error("give the worker's key: Authorization: Bearer <key>", 401), 401)
-    await response(scope, receive, send)
+    await JSONResponse(_error(reason, status), status)(scope, receive, send)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -390,8 +412,7 @@ def _salt(*parts: str) -> str:
 
 
 def _error(message: str, code: int) -> dict[str, Any]:
-    kind = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 410: "GoneError"}[code]
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return {"error": {"message": message, "type": KINDS[code], "param": None, "code": code}}
 
 
 def _named(edit: str) -> str:

@@ -111,5 +111,5 @@ def test_a_body_that_does_not_come_is_given_up(stub, tmp_path):
         proxy_to(stub.url, tmp_path, timeouts=Timeouts(idle_s=0.2)) as proxy,
         socket.create_connection(("127.0.0.1", proxy.config.port)) as out,
     ):
-        out.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{")
+        out.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n{")
         assert out.recv(1000).startswith(b"HTTP/1.1 408 ")

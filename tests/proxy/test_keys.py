@@ -136,6 +136,41 @@ def test_beyond_loopback_the_proxy_listens_only_with_keys(tmp_path, host, is_loo
     assert done.exit_code == 2 and "--api-key-file" in done.stderr
 
 
+FOREIGN = [
+    {"Host": "evil.example:8000"}, {"Host": "127.0.0.1.evil.example"}, {"Host": "localhost@evil.example"},
+    {"Host": "::"}, {"Origin": "https://evil.example"}, {"Origin": "http://localhost.evil.example"},
+    {"Origin": "null"}, {"Origin": "file://"}, {"Sec-Fetch-Site": "cross-site"},
+]  # fmt: skip
+HERE = [
+    {}, {"Host": "localhost"}, {"Host": "LocalHost:1"}, {"Host": "[::1]:8000"}, {"Host": "127.8.8.8:80"},
+    {"Origin": "http://localhost:3000"}, {"Origin": "https://[::1]"}, {"Sec-Fetch-Site": "none"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", FOREIGN)
+def test_without_keys_no_web_page_is_served(stub, proxy, http, sent):
+    """Nor one whose name leads here by now, of which the browser thinks that it speaks with its own server."""
+    for method, path in [*ROUTES, ("POST", "/v1/chat/completions"), ("GET", "/health/live")]:
+        reply = http.request(method, f"{proxy.url}{path}", headers=sent)
+        ((name, text),) = sent.items()
+        error = reply.json()["error"]
+        assert reply.status_code == 403 and error["type"] == "permission_denied", (method, path)
+        assert error["message"].startswith(f"{name} {text!r}: without keys only this machine is served")
+    assert not stub.stub.headers and not (proxy.config.data / "x").exists()
+
+
+@pytest.mark.parametrize("sent", HERE)
+def test_without_keys_whoever_is_on_this_machine_is_served(proxy, http, sent):
+    assert http.post(f"{proxy.url}/v1/chat/completions", json=BODY, headers=sent).status_code == 200
+    assert http.get(f"{proxy.url}/health/live", headers=sent).status_code == 200
+
+
+def test_with_a_key_it_does_not_matter_by_what_name_one_comes(locked, http):
+    key = {"Authorization": f"Bearer {ALICE}"}
+    for sent in FOREIGN:
+        assert http.get(f"{locked.url}/v1/models", headers=sent | key).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

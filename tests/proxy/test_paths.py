@@ -61,7 +61,7 @@ def test_no_way_of_writing_it_reaches_the_workers_store(watched, path):
     connection = http.client.HTTPConnection("127.0.0.1", proxy.config.port, timeout=20)
     connection._validate_path = lambda url: None
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Host": "127.0.0.1"})  # whatever the path names
         status = connection.getresponse().status
     finally:
         connection.close()

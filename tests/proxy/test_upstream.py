@@ -77,7 +77,7 @@ def ask(proxy, path="/v1/chat/completions", **options):
     for name, value in options.items():
         out.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
     body = json.dumps(BODY | {"stream": True}).encode()
-    start = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    start = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
     out.sendall(start.encode() + body)
     return out
 

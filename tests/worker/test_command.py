@@ -351,6 +351,13 @@ def test_on_loopback_or_a_socket_it_needs_none(model, tmp_path, flags):
     assert "0.0.0.0" not in command
 
 
+def test_no_web_page_may_read_what_vllm_answers_unless_the_user_says_so(model, tmp_path):
+    command, _ = settled([model], tmp_path)
+    assert command[command.index("--allowed-origins") + 1] == "[]"
+    command, _ = settled([model, '--allowed_origins=["https://mine.example"]'], tmp_path)
+    assert "--allowed-origins" not in command and '--allowed-origins=["https://mine.example"]' in command
+
+
 def test_a_socket_that_a_worker_left_is_taken_over_and_one_in_use_is_not(tmp_path):
     """A worker that starts again in its container finds the socket of the one before: vLLM would not bind to it."""
     path, plain = tmp_path / "worker.sock", tmp_path / "plain"

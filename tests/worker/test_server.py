@@ -5,6 +5,7 @@ import msgspec
 import pytest
 
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
+from tests.proxy.test_keys import FOREIGN, HERE
 from tests.stub import MODEL, Running, Stub
 from worker.orders import XARG
 from worker.spool import WRONG
@@ -38,6 +39,30 @@ def test_with_a_key_every_path_but_health_wants_it(guarded, http):
     assert not http.get(f"{guarded.url}/v1/activations", headers=admitted).json()["data"]
     for method, path in ROUTES:
         assert http.request(method, f"{guarded.url}{path}", headers=admitted).status_code != 401, path
+
+
+@pytest.mark.parametrize("sent", FOREIGN)
+def test_without_a_key_no_web_page_is_served(stub, http, sent):
+    """Not even what a page may send without asking first, as a form."""
+    for method, path in [*ROUTES, ("GET", "/health")]:
+        reply = http.request(method, f"{stub.url}{path}", headers=sent)
+        assert reply.status_code == 403 and reply.json()["error"]["type"] == "PermissionDeniedError", (method, path)
+        assert "only this machine is served" in reply.json()["error"]["message"]
+    assert not stub.stub.bodies
+
+
+def test_with_a_key_or_on_a_socket_it_does_not_matter_by_what_name_one_comes(guarded, tmp_path, http):
+    admitted = {"Authorization": f"Bearer {KEY}"}
+    inside = httpx.Client(transport=httpx.HTTPTransport(uds=str(tmp_path / "socket")))
+    with Running(Stub(tmp_path / "other"), uds=tmp_path / "socket"), inside:
+        for sent in FOREIGN:
+            assert http.get(f"{guarded.url}/v1/activations", headers=sent | admitted).status_code == 200
+            assert inside.get("http://worker/v1/activations", headers=sent).status_code == 200
+
+
+@pytest.mark.parametrize("sent", HERE)
+def test_without_a_key_whoever_is_on_this_machine_is_served(stub, http, sent):
+    assert http.get(f"{stub.url}/v1/activations", headers=sent).status_code == 200
 
 
 @pytest.mark.parametrize("forged", ["c-mine", "/c-mine", {"call": "../../x", "points": [], "first_choice": 0}])
