@@ -139,6 +139,7 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--max-in-flight", default=Limits.in_flight, type=click.IntRange(1), help="Requests at the same time."
             ),
+            click.option("--max-runs", default=Limits.runs, type=click.IntRange(1), help="That are open."),
             click.option(
                 "--durability",
                 default="async",
@@ -355,7 +356,7 @@ def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
         keys=keys,
         tls=_tls(options.pop("tls_cert"), options.pop("tls_key")),
         timeouts=timeouts,
-        limits=Limits(options.pop("max_body_bytes"), options.pop("max_in_flight")),
+        limits=Limits(*(options.pop(f"max_{name}") for name in ("body_bytes", "in_flight", "runs"))),
         **options,
     )
 

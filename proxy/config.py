@@ -28,10 +28,13 @@ class Timeouts:
 
 @dataclass(frozen=True)
 class Limits:
-    """body_bytes: of a request, also unpacked. in_flight: requests that clients wait for."""
+    """body_bytes: of a request, also unpacked. in_flight: requests that clients wait for. runs: those that are open and
+    stay open, each with files and a thread of its own.
+    """
 
     body_bytes: int = 64 << 20
     in_flight: int = 1024
+    runs: int = 256
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from episodes.cast import WARMUPS, Cast, Group, Part
-from episodes.errors import CaptureLost, CorruptFile, NotStored, TautapError
+from episodes.errors import BadRun, CaptureLost, CorruptFile, NotStored, TautapError
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.outline import Outline
@@ -529,11 +529,14 @@ class Recorder:
         self._sealing = asyncio.create_task(self._seal_when_quiet())
 
     async def run(self, name: str | None) -> Recording:
-        """The run of that name, the default one for None; BadName or BadRun if it cannot be."""
+        """The run of that name, the default one for None; BadName or BadRun if it cannot be, or is too many."""
         name = name or self.config.run
         if name not in self._runs:
             check_name("run", name)
             if name not in self._opening:
+                n_open = len(self._runs) + len(self._opening)
+                if n_open >= self.config.limits.runs:
+                    raise BadRun(f"run {name}: {n_open} runs are open, which is all that may be (--max-runs): use one")
                 self._opening[name] = asyncio.create_task(self._open(name))
             # Goes on without a client that leaves: a run that is half opened would be locked for good.
             await asyncio.shield(self._opening[name])

@@ -22,7 +22,7 @@ from episodes.verify import problems
 from proxy.__main__ import proxy as command
 from proxy.__main__ import settle
 from proxy.backend import Backend
-from proxy.config import Config
+from proxy.config import Config, Limits
 from proxy.server import serve
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
@@ -109,6 +109,20 @@ def test_choices_of_one_call_are_all_recorded(proxy):
     run = proxy.open()
     check_rows(run)
     assert [len(c.sequences) for c in run.history.calls.values()] == [3, 4]
+
+
+def test_no_more_runs_are_open_than_may_be(stub, tmp_path, http):
+    """Each holds files and threads: one that is too many is refused by name, and those that are open go on."""
+    ask = {"model": MODEL, "messages": [user("Hi")]}
+    with proxy_to(stub.url, tmp_path, limits=Limits(runs=2)) as proxy:
+        assert http.post(f"{proxy.url}/tautap/runs/second").status_code == 200
+        for url, body in (("/tautap/runs/third", None), ("/runs/third/v1/chat/completions", ask)):
+            refused = http.post(f"{proxy.url}{url}", json=body)
+            said = "run third: 2 runs are open, which is all that may be (--max-runs): use one"
+            assert refused.status_code == 409 and refused.json()["error"]["message"] == said
+        for url in ("/v1", "/runs/second/v1"):
+            assert http.post(f"{proxy.url}{url}/chat/completions", json=ask).status_code == 200
+    assert not (tmp_path / "third").exists() and len(stub.stub.bodies) == 2
 
 
 def test_an_episode_is_sealed_when_it_has_been_quiet(stub, tmp_path):
