@@ -7,9 +7,11 @@ worker's is proved, not assumed: the file `.token` in it holds the recipe's toke
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -44,11 +46,12 @@ class Recipe(msgspec.Struct, frozen=True):
         return cls(str(spool), token, [Part(e.path.name if e.path else "", *e[1:]) for e in extents])
 
 
-def take(recipe: Recipe, directory: Path, into: Path) -> bool:
+def take(recipe: Recipe, directory: Path, into: Path, min_free_bytes: int = 0) -> bool:
     """Make the call file `into` out of the spool in `directory`; False if that is not the worker's, or not readable.
 
     One spool file on the same file system becomes the call file by a link; else the kernel copies, once. The spool
-    files stay until the worker is told to forget them. CorruptFile for a recipe that names anything but spool files.
+    files stay until the worker is told to forget them. CorruptFile for a recipe that names anything but spool files,
+    OSError if a copy would leave less of the disk than min_free_bytes.
     """
     for part in recipe.parts:
         if part.name and not NAME.fullmatch(part.name):
@@ -58,11 +61,19 @@ def take(recipe: Recipe, directory: Path, into: Path) -> bool:
         if (directory / TOKEN).read_text() != recipe.token:
             return False
         if not _link(recipe, directory, into):
+            check_room(into, sum(part.nbytes for part in recipe.parts), min_free_bytes)
             _copy(recipe, directory, into)
     except (FileNotFoundError, NotADirectoryError, PermissionError, UnicodeError):
         into.unlink(missing_ok=True)
         return False
     return True
+
+
+def check_room(path: Path, n_bytes: int, min_free_bytes: int) -> None:
+    """OSError, as of a full disk, if so many more bytes at a path would leave less of its disk than min_free_bytes."""
+    if min_free_bytes and (free := shutil.disk_usage(path.parent).free) < min_free_bytes + n_bytes:
+        reason = f"{n_bytes:,} bytes are to be written, {free:,} are free, and --min-free-bytes is {min_free_bytes:,}"
+        raise OSError(errno.ENOSPC, reason)
 
 
 def _link(recipe: Recipe, directory: Path, into: Path) -> bool:

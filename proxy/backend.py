@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import aiohttp
 import msgspec
 
 from episodes.errors import CaptureLost, WorkerFailed
-from episodes.handover import Recipe, take
+from episodes.events import EVENT_LIMIT
+from episodes.handover import Recipe, check_room, take
 from episodes.messages import JSON
 from episodes.records import Model
 from episodes.wire import CAPTURE_HEADER, Capture, Sequence
@@ -25,6 +28,19 @@ RETRY_S = 0.5
 METRICS_S = 2.0
 HEALTH_S = 10.0
 CHUNK = 1 << 20
+
+
+async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
+    """The body of a reply that `piece` gives bit by bit, nothing at its end. It is held in memory: WorkerFailed for one
+    that is longer than any of a worker's.
+    """
+    pieces, n_bytes = [], 0
+    while got := await piece():
+        n_bytes += len(got)
+        if n_bytes > EVENT_LIMIT:
+            raise WorkerFailed(f"the worker failed: its reply is longer than {EVENT_LIMIT:,} bytes")
+        pieces.append(got)
+    return b"".join(pieces)
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -59,8 +75,9 @@ class Backend:
         key: str | None = None,
         spool_dir: Path | None = None,
         claim_timeout_s: float = Config.claim_timeout_s,
+        min_free_bytes: int = 0,
     ) -> None:
-        """key, spool_dir, claim_timeout_s: as in a Config."""
+        """key, spool_dir, claim_timeout_s, min_free_bytes: as in a Config."""
         self.address = address
         self.url = Address.parse(address).url
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -71,6 +88,7 @@ class Backend:
         self._patient = aiohttp.ClientTimeout(sock_read=CLAIM_WAIT_S + HEALTH_S, sock_connect=connect_s)
         self._timeout_s = claim_timeout_s
         self._spool_dir = spool_dir
+        self._min_free_bytes = min_free_bytes
         self._in_sight = True
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
@@ -84,7 +102,7 @@ class Backend:
             async with self._session.get(
                 f"{self.url}/v1/capabilities", headers=self.headers, timeout=self._soon
             ) as reply:
-                body = await reply.read()
+                body = await whole(reply.content.readany)
         except (aiohttp.ClientError, TimeoutError):
             return None
         if reply.status in (401, 403):
@@ -114,12 +132,14 @@ class Backend:
         timeout = aiohttp.ClientTimeout(total=METRICS_S)
         try:
             async with self._session.get(f"{self.url}/metrics", headers=self.headers, timeout=timeout) as reply:
-                return await reply.read() if reply.status == 200 else b""
-        except (aiohttp.ClientError, TimeoutError):
+                return await whole(reply.content.readany) if reply.status == 200 else b""
+        except (aiohttp.ClientError, TimeoutError, WorkerFailed):
             return b""
 
     async def claim(self, call: str, into: Path) -> None:
-        """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had."""
+        """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had. OSError if the disk
+        does not take them or has too little left then: the worker keeps them.
+        """
         async with self._slots:
             await self._claim(call, into)
 
@@ -176,18 +196,24 @@ class Backend:
             reply.raise_for_status()
             clock.reschedule(None)  # a transfer takes as long as it takes; one that stalls, `_patient` ends
             if reply.content_type == "application/json":
-                return await self._take(msgspec.json.decode(await reply.read(), type=Recipe), into)
+                recipe = msgspec.json.decode(await whole(reply.content.readany), type=Recipe)
+                return await self._take(recipe, into)
             with into.open("wb") as file:
+                await asyncio.to_thread(check_room, into, reply.content_length or 0, self._min_free_bytes)
                 async for chunk in reply.content.iter_chunked(CHUNK):
-                    await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(self._write, file, chunk, into)
         return True
+
+    def _write(self, file: BinaryIO, chunk: bytes, into: Path) -> None:
+        check_room(into, len(chunk), self._min_free_bytes)
+        file.write(chunk)
 
     async def _take(self, recipe: Recipe, into: Path) -> bool:
         """Make the file out of the worker's spool; False, and never tried again, if that is not in sight from here."""
         directory = Path(recipe.directory)
         if self._spool_dir is not None:
             directory = self._spool_dir / directory.name
-        self._in_sight = await asyncio.to_thread(take, recipe, directory, into)
+        self._in_sight = await asyncio.to_thread(take, recipe, directory, into, self._min_free_bytes)
         if not self._in_sight:
             level = logging.INFO if self._spool_dir is None else logging.WARNING
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
@@ -200,8 +226,8 @@ class Backend:
                 f"{self.url}/v1/activations", headers=self.headers, timeout=self._soon
             ) as reply:
                 reply.raise_for_status()
-                return msgspec.json.decode(await reply.read(), type=Waiting).data
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+                return msgspec.json.decode(await whole(reply.content.readany), type=Waiting).data
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, WorkerFailed) as error:
             logger.warning("the worker does not say what it still holds: %s", error or type(error).__name__)
             return []
 
@@ -222,7 +248,7 @@ class Backend:
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
     """Why a worker gives no activations, and of which tokens."""
     try:
-        refusal = msgspec.json.decode(await reply.read(), type=Refusal)
+        refusal = msgspec.json.decode(await whole(reply.content.readany), type=Refusal)
     except msgspec.MsgspecError:
         return CaptureLost(f"HTTP {reply.status}")
     return CaptureLost(str(refusal.error.get("message")), refusal.sequences)

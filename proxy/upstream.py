@@ -16,7 +16,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from episodes.errors import WorkerFailed, WorkerTooSlow, WorkerUnreachable
-from proxy.backend import Backend
+from proxy.backend import Backend, whole
 from proxy.config import Timeouts
 
 REQUEST_HEADERS = re.compile(r"content-type|accept|user-agent", re.I)
@@ -103,10 +103,7 @@ class Reply:
         return piece
 
     async def read(self) -> bytes:
-        pieces = []
-        while piece := await self.piece():
-            pieces.append(piece)
-        return b"".join(pieces)
+        return await whole(self.piece)
 
 
 class Upstream:

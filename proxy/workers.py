@@ -50,7 +50,10 @@ class Workers:
             upstreams = []
             for address in config.backends:
                 connections = await stack.enter_async_context(session(address, config.timeouts.connect_s))
-                backend = Backend(address, connections, config.backend_key, config.spool_dir, config.claim_timeout_s)
+                backend = Backend(
+                    address, connections, config.backend_key, config.spool_dir, config.claim_timeout_s,
+                    config.min_free_bytes,
+                )  # fmt: skip
                 upstreams.append(Upstream(backend, connections, config.timeouts))
             workers = cls(upstreams)
             if len(upstreams) > 1:

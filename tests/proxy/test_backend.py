@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import shutil
 import socket
 import uuid
 from contextlib import nullcontext
@@ -11,11 +12,11 @@ import httpx
 import numpy as np
 import pytest
 
-from episodes.errors import CaptureLost
+from episodes.errors import CaptureLost, WorkerFailed
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from proxy import backend as backends
 from proxy.backend import Backend
-from tests.proxy.scripted import Scripted, head
+from tests.proxy.scripted import Scripted, chunk, head
 from tests.stub import MODEL, rows
 from worker.spool import spooled
 
@@ -82,6 +83,58 @@ def test_a_spool_out_of_sight_is_claimed_over_http(stub, tmp_path, caplog, n):
 def test_what_the_worker_does_not_have_is_lost_with_its_reason(stub, tmp_path):
     with pytest.raises(CaptureLost, match="no captured call has this id"):
         claim(stub.url, ["c-nobody"], tmp_path)
+
+
+async def endless(came, out):
+    """A reply that has no end, of JSON unless a call file is asked for."""
+    out.write(head("application/json", None) if "recipe" in came.path else head("application/octet-stream", None))
+    while True:
+        out.write(chunk(bytes(1 << 18)))
+        await out.drain()
+
+
+async def huge(came, out):
+    """A reply that says that it is larger than any disk."""
+    out.write(head("application/octet-stream", 1 << 60))
+    await endless(came, out)
+
+
+@pytest.mark.parametrize(("send", "most"), [(endless, 256 << 20), (huge, 0)])
+def test_a_claim_ends_where_it_would_leave_the_disk_too_little(tmp_path, send, most):
+    """As on a full disk, for another time: what a worker sends has no limit, and what it announces none either."""
+    free = shutil.disk_usage(tmp_path).free
+
+    async def claiming(url):
+        async with aiohttp.ClientSession() as session:
+            backend = Backend(url, session, claim_timeout_s=5, min_free_bytes=free - (16 << 20))
+            backend._in_sight = False  # as of a spool that is not in sight
+            await backend.claim("c-1", tmp_path / "c-1")
+
+    with Scripted(send) as worker, pytest.raises(OSError, match="--min-free-bytes is"):
+        asyncio.run(asyncio.wait_for(claiming(worker.url), 30))
+    assert (tmp_path / "c-1").stat().st_size <= most
+
+
+def test_a_copy_out_of_the_spool_leaves_the_disk_as_much_and_a_link_takes_nothing(stub, tmp_path):
+    one, two = [ask(stub.url), ask(stub.url, n=2)]
+    (linked,) = claim(stub.url, [one], tmp_path, min_free_bytes=1 << 60)
+    check(linked)
+    with pytest.raises(OSError, match="--min-free-bytes is"):
+        claim(stub.url, [two], tmp_path, min_free_bytes=1 << 60)
+    assert not (tmp_path / two).exists()
+
+
+def test_what_a_worker_says_of_itself_is_not_held_in_memory_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "EVENT_LIMIT", 1 << 20)
+
+    async def asking(url):
+        async with aiohttp.ClientSession() as session:
+            backend = Backend(url, session)
+            assert (await backend.metrics(), await backend.waiting()) == (b"", [])
+            await backend.claim("c-1", tmp_path / "c-1")
+
+    with Scripted(endless) as worker, pytest.raises(WorkerFailed, match="its reply is longer than 1,048,576 bytes"):
+        asyncio.run(asyncio.wait_for(asking(worker.url), 30))
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def fill(disk, leave=0):
 
 def test_new_calls_wait_for_room_and_are_refused_if_there_is_none_soon(stub, small_disk, http):
     """A 503 with Retry-After, before the worker has heard of the call; with room again a waiting call goes on."""
-    options = {"min_free_bytes": 1 << 20, "room_wait_s": 0.5, "episode_idle_s": 300}
+    options = {"min_free_bytes": 1 << 20, "room_wait_s": 2, "episode_idle_s": 300}
     body = {"model": MODEL, "messages": [user("Hi")]}
     with proxy_to(stub.url, small_disk, **options) as proxy:
         url = f"{proxy.url}/v1/chat/completions"
@@ -173,15 +173,18 @@ def test_new_calls_wait_for_room_and_are_refused_if_there_is_none_soon(stub, sma
     assert len(proxy.open().history.calls) == len(replies) + 1
 
 
-def test_what_is_in_flight_when_the_disk_fills_up_is_recorded_when_there_is_room(stub, small_disk, http):
-    """Nothing half-written stays, the reply is whole, and the rows wait at the worker."""
+@pytest.mark.parametrize("least", [0, 1 << 20])
+def test_what_is_in_flight_when_the_disk_fills_up_is_recorded_when_there_is_room(stub, small_disk, http, least):
+    """Nothing half-written stays, the reply is whole, and the rows wait at the worker. A disk is full, too, where it
+    would have less left than it is to have.
+    """
     stub.stub.token_s = 0.05
     replies = []
-    with proxy_to(stub.url, small_disk, min_free_bytes=0, room_wait_s=0.5) as proxy:
+    with proxy_to(stub.url, small_disk, min_free_bytes=least, room_wait_s=0.5) as proxy:
         talking = threading.Thread(target=lambda: replies.append(converse(proxy.client(), "full", 1)))
         talking.start()
         until(lambda: (proxy.run_dir / "begun.jsonl").stat().st_size > 0, "the call to have begun")
-        filler = fill(small_disk)
+        filler = fill(small_disk, leave=least // 2)
         talking.join()
         assert replies and replies[0][-1]["content"]
         body = {"model": MODEL, "messages": [user("Hi")]}
@@ -206,6 +209,6 @@ def test_a_proxy_that_stops_with_its_disk_full_has_named_what_it_could_not_recor
     run = proxy.open()
     assert not run.history.calls and ["before it had recorded" in said for said in problems(run)] == [True]
     filler.unlink()
-    with proxy_to(stub.url, small_disk) as proxy:
+    with proxy_to(stub.url, small_disk, min_free_bytes=0) as proxy:
         committed(proxy, 1)
     check_rows(proxy.open())

@@ -91,6 +91,23 @@ def calls(proxy, n=1):
     return list(proxy.open().history.calls.values())
 
 
+def test_a_reply_in_one_piece_that_does_not_end_is_a_502(worker, scripted, http, monkeypatch):
+    """It is held in memory until it is whole, and the call's record says what became of it."""
+    monkeypatch.setattr("proxy.backend.EVENT_LIMIT", 1 << 20)
+
+    async def script(came, out):
+        out.write(head("application/json", None))
+        while True:
+            out.write(chunk(bytes(1 << 16)))
+            await out.drain()
+
+    worker.script = script
+    reply = http.post(f"{scripted.url}/v1/chat/completions", json=BODY)
+    assert reply.status_code == 502 and "longer than 1,048,576 bytes" in reply.json()["error"]["message"]
+    (call,) = calls(scripted)
+    assert call.status == 502 and "longer than 1,048,576 bytes" in call.error
+
+
 # ---- headers
 
 
