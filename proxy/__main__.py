@@ -27,7 +27,8 @@ from proxy.flags import parse, split_url
 from proxy.keys import API_KEYS, Keys, api_keys, backend_key
 
 SECONDS = click.FloatRange(0, min_open=True)
-WORKER = [sys.executable, "-m", "worker"]
+# -P: a `worker.py` where it is started from is the user's, and not meant.
+WORKER = [sys.executable, "-P", "-m", "worker"]
 
 
 class Group(click.Group):

