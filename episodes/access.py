@@ -40,7 +40,7 @@ def foreign(host: str | None, origin: str | None, site: str | None) -> str | Non
     for name, text in (("Host", host), ("Origin", origin)):
         if text is not None and not _here(text):
             return f"{name} {text[:200]!r}: {ONLY_HERE}"
-    if site == "cross-site":
+    if site == "cross-site" and origin is None:  # from localhost to 127.0.0.1 is that, too
         return f"Sec-Fetch-Site {site!r}: {ONLY_HERE}"
     return None
 

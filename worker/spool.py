@@ -153,7 +153,9 @@ def prepare(directory: Path, n_bytes: int = 0) -> None:
 
 
 def _check_own(directory: Path) -> None:
-    """BadInput for a spool in which others can write, or could lead what is written elsewhere."""
+    """Close a spool to all but its owner and group. BadInput for one in which others can write, or could lead what is
+    written elsewhere.
+    """
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise BadInput(f"{directory} is no directory: delete it, or give another --spool-dir")
@@ -161,6 +163,7 @@ def _check_own(directory: Path) -> None:
         raise BadInput(f"{directory} belongs to user {found.st_uid}, not to {os.geteuid()}: give another --spool-dir")
     if found.st_mode & 0o022:
         raise BadInput(f"others may write in {directory}: delete it, or give another --spool-dir")
+    directory.chmod(found.st_mode & ~0o007)
 
 
 def _opened(path: Path, mode: int, flags: int = 0) -> int:

@@ -144,6 +144,7 @@ FOREIGN = [
 HERE = [
     {}, {"Host": "localhost"}, {"Host": "LocalHost:1"}, {"Host": "[::1]:8000"}, {"Host": "127.8.8.8:80"},
     {"Origin": "http://localhost:3000"}, {"Origin": "https://[::1]"}, {"Sec-Fetch-Site": "none"},
+    {"Origin": "http://localhost:3000", "Sec-Fetch-Site": "cross-site"},
 ]  # fmt: skip
 
 

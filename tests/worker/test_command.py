@@ -201,7 +201,7 @@ def test_a_spool_is_its_users_alone(tmp_path):
     """Whatever the umask; a directory that was made for a group to read stays so, and a lock of before is closed."""
     made, given = tmp_path / "made", tmp_path / "given"
     given.mkdir()
-    given.chmod(0o2750)
+    given.chmod(0o2755)
     (given / ".lock").touch(0o666)
     before = os.umask(0)
     try:
