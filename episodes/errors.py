@@ -93,8 +93,9 @@ class BenchFailed(TautapError):
 
 
 class CaptureLost(TautapError):
-    """sequences: the call's tokens, where they are known."""
+    """sequences: the call's tokens, where they are known. ran: whether the engine may have been given any of it."""
 
-    def __init__(self, reason: str, sequences: Iterable[Sequence] = ()) -> None:
+    def __init__(self, reason: str, sequences: Iterable[Sequence] = (), ran: bool = True) -> None:
         super().__init__(reason)
         self.sequences = list(sequences)
+        self.ran = ran

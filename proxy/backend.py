@@ -44,10 +44,11 @@ async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A worker's error in OpenAI's shape, and the sequences of the call that has no activations."""
+    """A worker's error in OpenAI's shape; of a call that has no activations, the sequences, and whether it ran any."""
 
     error: JSON
     sequences: list[Sequence] = []
+    ran: bool = True
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -251,4 +252,4 @@ async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
         refusal = msgspec.json.decode(await whole(reply.content.readany), type=Refusal)
     except msgspec.MsgspecError:
         return CaptureLost(f"HTTP {reply.status}")
-    return CaptureLost(str(refusal.error.get("message")), refusal.sequences)
+    return CaptureLost(str(refusal.error.get("message")), refusal.sequences, refusal.ran and reply.status != 404)

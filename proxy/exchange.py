@@ -19,7 +19,7 @@ from proxy.metrics import Watch
 class Exchange:
     """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
 
-    refused: whether the worker ran nothing of it.
+    reached: whether a worker may have got it.
     """
 
     id: str
@@ -39,12 +39,12 @@ class Exchange:
     reply: JSON | None = None
     error: str | None = None
     foreign: JSON = field(default_factory=dict)
-    refused: bool = False
+    reached: bool = True
 
     @property
     def claimable(self) -> bool:
-        """Whether the worker may have activations of it: not of what it never got or refused to run."""
-        return self.capture is not None and not self.refused
+        """Whether the worker may have activations of it, whatever it answered: it may fail after the engine ran."""
+        return self.capture is not None and self.reached
 
     def call(self) -> Call:
         reply = self.reply

@@ -48,7 +48,6 @@ class Generation:
             query = request.rel_url.raw_query_string
             async with self._lease.ask("POST", exchange.endpoint, query, headers, body) as reply:
                 exchange.first_byte = time.time()
-                exchange.refused = reply.status != 200
                 if reply.content_type == "text/event-stream":
                     await self._stream(reply)
                 else:
@@ -57,7 +56,7 @@ class Generation:
             exchange.error = GONE
         except (WorkerFailed, NotStored) as error:
             exchange.error = str(error)
-            exchange.refused |= isinstance(error, WorkerUnreachable)
+            exchange.reached = not isinstance(error, WorkerUnreachable)
             if not self._reply.prepared:
                 exchange.status = status(error)
                 raise

@@ -329,6 +329,8 @@ class Recording:
                 if not await asyncio.to_thread(draft.exists):
                     await self._fetch(call.id, holder, draft)
             except CaptureLost as error:
+                if not error.ran and call.status != 200 and call.error is None:
+                    return call  # the worker's answer, before it gave the engine anything: nothing is lost
                 return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
             except TautapError as error:
                 return self._lost(call, str(error))

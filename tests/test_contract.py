@@ -208,12 +208,13 @@ def test_a_client_that_leaves_leaves_the_rows_that_were_computed(worker):
 
 
 def test_a_refused_request_has_no_activations(worker):
-    """The worker's own error, and 410 with a reason for whoever claims."""
+    """The worker's own error, and 410 with a reason for whoever claims, who is told that nothing was run."""
     capture = new()
     reply = worker.ask("Hi", capture, model="nobody")
     assert reply.status_code == 404 and "nobody" in reply.json()["error"]["message"]
     gone = worker.claim(capture.call)
-    assert gone.status_code == 410 and gone.json()["error"]["message"] and gone.json()["sequences"] == []
+    assert gone.status_code == 410 and gone.json()["error"]["message"]
+    assert gone.json()["sequences"] == [] and gone.json()["ran"] is False
 
 
 def test_the_recorders_metrics_stand_behind_the_servers_own(worker):

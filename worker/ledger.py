@@ -39,6 +39,7 @@ class Growing:
     completion_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     n_cached: int = 0
+    refused: bool = False  # the engine did not take it
 
     def sequence(self, choice: int) -> wire.Sequence:
         return wire.Sequence(
@@ -68,6 +69,11 @@ class Call:
         first = len(self.sequences)
         self.sequences += [Growing(adapter) for _ in range(n)]
         return Order(self.id, self.points, first, self.tokens)
+
+    @property
+    def ran(self) -> bool:
+        """Whether the engine took any of its sequences."""
+        return not all(growing.refused for growing in self.sequences)
 
     @property
     def known(self) -> list[wire.Sequence]:
@@ -168,7 +174,7 @@ class Ledger:
 
     def _collect(self, call: Call) -> list[wire.Extent] | None:
         """The call file's stretches, None while they are not all there. Only of a call that has ended."""
-        if not call.sequences:
+        if not call.ran:
             raise CaptureLost("the engine ran no sequence of this call that could be captured")
         abandoned = self._abandoned(call) and not self._growing(call)
         found: list[tuple[wire.Sequence, Path]] = []
@@ -179,7 +185,7 @@ class Ledger:
             path = spooled(self.spool, call.id, choice)
             if path.exists():
                 found.append((self._sequence(choice, growing, path), path))
-            elif growing.finish_reason in RAN or not abandoned:
+            elif growing.finish_reason in RAN or not (abandoned or growing.refused):
                 return None
         if not found:
             raise CaptureLost("the request was dropped before the engine ran it")
@@ -222,18 +228,26 @@ class Ledger:
             order = call.order(sampling_params.n, f"{lora.lora_name}@{lora.lora_path}" if lora else "")
             sampling_params.extra_args = extra_args | {XARG: msgspec.to_builtins(order)}
             outputs = generate(prompt, sampling_params, *args, **kwargs)
-            return self._noting(call, order.first_choice, sampling_params.output_kind.name == "DELTA", outputs)
+            own = slice(order.first_choice, order.first_choice + sampling_params.n)
+            return self._noting(call, own, sampling_params.output_kind.name == "DELTA", outputs)
 
         return following
 
     @staticmethod
     async def _noting(
-        call: Call, first: int, delta: bool, outputs: AsyncGenerator[Any, None]
+        call: Call, own: slice, delta: bool, outputs: AsyncGenerator[Any, None]
     ) -> AsyncGenerator[Any, None]:
-        async with aclosing(outputs):
-            async for output in outputs:
-                call.note(first, output, delta)
-                yield output
+        taken = False
+        try:
+            async with aclosing(outputs):
+                async for output in outputs:
+                    taken = True
+                    call.note(own.start, output, delta)
+                    yield output
+        except Exception:  # before any output: it is not valid, or too many wait; else the engine is dead
+            for growing in call.sequences[own]:
+                growing.refused = not taken
+            raise
 
 
 def _size(path: Path) -> int:

@@ -293,8 +293,8 @@ class Routes:
         return JSONResponse({"data": await asyncio.to_thread(self._ledger.waiting)})
 
     async def claim(self, request: Request) -> Response:
-        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason
-        and the sequences, as far as their tokens are known.
+        """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason,
+        the sequences, as far as their tokens are known, and whether the engine took any of them.
 
         `as=recipe` answers instead how to make it out of the spool, for those who share that directory.
         """
@@ -311,7 +311,7 @@ class Routes:
             extents = await self._ledger.wait_for(call, min(float(wait_s), WAIT_LIMIT_S))
         except CaptureLost as error:
             known = msgspec.to_builtins(call.known)
-            return JSONResponse(_error(str(error), 410) | {"sequences": known}, 410)
+            return JSONResponse(_error(str(error), 410) | {"sequences": known, "ran": call.ran}, 410)
         if extents is None:
             return JSONResponse({"call": call.id, "state": "running"}, 202)
         if form == "recipe":

@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pyarrow.parquet as pq
 import pytest
+from starlette.responses import JSONResponse
 
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.run import open_run
@@ -26,7 +27,8 @@ from proxy.config import Config, Limits
 from proxy.server import serve
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
-from tests.stub import HIDDEN, MODEL, POINTS, Running, Stub, render, rows
+from tests.stub import BLOCK, HIDDEN, MODEL, POINTS, Running, Stub, render, rows
+from worker.ledger import ABORT_GRACE_S
 
 SYSTEM = {"role": "system", "content": "You are a clerk. " * 10}
 
@@ -304,6 +306,51 @@ def test_a_retry_after_a_failure_is_the_same_turn(stub, proxy):
     assert [(c.status, c.turn, c.attempt) for c in calls] == [(500, 0, 0), (200, 0, 1)]
     assert len({c.thread for c in calls}) == 1
     check_rows(run)
+
+
+class Late(Stub):
+    """Its first reply fails when the engine has run, as vLLM's does where it cannot make sense of what came out."""
+
+    late = True
+
+    async def _serve(self, request, kind):
+        reply = await super()._serve(request, kind)
+        if not self.late:
+            return reply
+        self.late = False
+        return JSONResponse({"error": {"message": "told to"}}, 500)
+
+
+def test_a_reply_that_fails_after_the_engine_ran_loses_no_rows(tmp_path, http):
+    """They are cached, so that the next call has none of its own; and nothing is left in the spool."""
+    body = {"model": MODEL, "messages": [user("Hi there " * 20)]}
+    with Running(Late(tmp_path / "spool")) as worker, proxy_to(worker.url, tmp_path / "data") as proxy:
+        said = [http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code for _ in range(2)]
+    assert said == [500, 200]
+    run = proxy.open()
+    check_rows(run)
+    assert sorted((call.status, call.lost, len(call.sequences)) for call in run.history.calls.values()) == [
+        (200, None, 1),
+        (500, None, 1),
+    ]
+    assert run.calls["n_missing"].to_pylist() == [0, 0]
+    assert not list((tmp_path / "spool").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("fields", "status"), [({"stub_fault": "429"}, 429), ({"cache_salt": 7}, 400)])
+def test_a_call_that_the_worker_refuses_costs_the_others_nothing(stub, proxy, http, fields, status):
+    """It ran nothing, so nothing is lost, which is known at once; what is cached stays in use."""
+    body = {"model": MODEL, "messages": [user("Hi there " * 20)]}
+    said = [http.post(f"{proxy.url}/v1/chat/completions", json=body | more).status_code for more in ({}, fields)]
+    assert said == [200, status]
+    until(lambda: len(proxy.open().history.calls) == 2, "the refused call in the journal", limit_s=ABORT_GRACE_S / 2)
+    proxy.client().chat.completions.create(**body)
+    proxy.stop()
+    run = proxy.open()
+    check_rows(run)
+    first, refused, third = sorted(run.history.calls.values(), key=lambda call: call.started)
+    assert (refused.status, refused.lost, refused.sequences) == (status, None, [])
+    assert first.n_kept > 100 and third.n_kept < BLOCK
 
 
 def test_a_stream_that_says_that_it_failed_is_recorded_as_failed(stub, proxy, http):

@@ -12,6 +12,7 @@ from episodes.handover import TOKEN, Recipe, take
 from episodes.wire import CallFile, Sequence
 from worker import ledger as module
 from worker.ledger import Ledger
+from worker.orders import XARG
 from worker.spool import PART, SpoolFile, refuse, spooled
 
 POINTS = ["layers.0.output"]
@@ -99,6 +100,32 @@ def test_a_call_that_never_ran_is_given_up(ledger, monkeypatch):
     monkeypatch.setattr(module, "ABORT_GRACE_S", 0.0)
     with pytest.raises(CaptureLost, match="dropped before the engine ran it"):
         collect(ledger, call)
+
+
+@pytest.mark.parametrize("n_outputs", [0, 1])
+def test_a_request_that_the_engine_does_not_take_is_known_at_once_to_have_run_nothing(ledger, n_outputs):
+    """As one that is not valid, or one too many; not one that fails when some of it came out."""
+
+    async def generate(prompt, params):
+        for _ in range(n_outputs):
+            yield output([5])
+        raise ValueError("too many wait")
+
+    async def asking():
+        params = SimpleNamespace(n=2, output_kind=SimpleNamespace(name="DELTA"), extra_args={XARG: ledger.ticket("c")})
+        async for _ in ledger.follow(generate)({}, params):
+            pass
+
+    call = ledger.open("c", POINTS, "all")
+    with pytest.raises(ValueError, match="too many wait"):
+        asyncio.run(asking())
+    ledger.close(call)
+    assert call.ran == bool(n_outputs)
+    if n_outputs:
+        assert collect(ledger, call) is None
+    else:
+        with pytest.raises(CaptureLost, match="the engine ran no sequence"):
+            collect(ledger, call)
 
 
 @pytest.mark.parametrize("reason", ["error", "abort"])
