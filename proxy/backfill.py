@@ -7,7 +7,9 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from episodes.errors import BadInput, BadRun, TautapError
@@ -77,7 +79,7 @@ class Backfill:
             filler = hole.filler(capture.call, started, time.time())
             stored: Call = await self._on_disk(self._store.fill, filler, draft)
         finally:
-            await asyncio.to_thread(draft.unlink, missing_ok=True)
+            await self._on_disk(draft.unlink, True)  # whether it is missing or not
             await backend.forget(capture.call)
         return stored.n_kept
 
@@ -94,14 +96,17 @@ async def backfill(layout: Layout, config: Config) -> Filled:
         model = await workers.capabilities()
         if model is None:
             raise BadInput(f"--backend {', '.join(config.backends)}: no worker of tautap's answers there")
-        store = await asyncio.to_thread(Store, layout)
-        try:
-            await asyncio.to_thread(store.describe, model)
-            done = await Backfill(store, workers, asyncio.to_thread).fill(store.calls())
+        # One thread: what is under way when this is cancelled goes on there, and the store is closed behind it.
+        with ThreadPoolExecutor(1, thread_name_prefix="tautap-store") as disk:
+            on_disk = partial(asyncio.get_running_loop().run_in_executor, disk)
+            store = await on_disk(Store, layout)
             try:
-                await asyncio.to_thread(store.seal_all, DIALECT)
-            finally:  # of what could be sealed
-                await asyncio.to_thread(store.roll)
-        finally:
-            store.close()
+                await on_disk(store.describe, model)
+                done = await Backfill(store, workers, on_disk).fill(store.calls())
+                try:
+                    await on_disk(store.seal_all, DIALECT)
+                finally:  # of what could be sealed
+                    await on_disk(store.roll)
+            finally:
+                await on_disk(store.close)
     return done

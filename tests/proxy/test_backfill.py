@@ -4,6 +4,8 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
+import time
 
 import msgspec
 import numpy as np
@@ -15,6 +17,7 @@ from episodes.errors import BadInput, BadRun, RunLocked, WrongModel
 from episodes.layout import Layout
 from episodes.records import BACKFILL
 from episodes.run import open_run
+from episodes.store import Store, being_written
 from episodes.verify import problems
 from proxy.backfill import backfill
 from proxy.config import Config
@@ -166,6 +169,30 @@ def test_a_worker_that_is_not_there_or_runs_another_model_is_refused(stub, tmp_p
         fill(proxy)
     with pytest.raises(BadRun, match="not a run"):
         asyncio.run(backfill(Layout(tmp_path / "nothing"), proxy.config))
+
+
+def test_a_backfill_that_is_broken_off_writes_with_one_thread_and_lets_the_run_go_last(stub, tmp_path, monkeypatch):
+    """What it was at goes on to its end, the run locked, before anything else is done."""
+    with proxy_to(stub.url, tmp_path) as proxy:
+        lose(stub.stub, proxy)
+    layout, sealing, notes = Layout(proxy.run_dir), threading.Event(), []
+
+    def seal_all(store, dialect):
+        sealing.set()
+        time.sleep(0.3)
+        notes.append(being_written(layout))
+
+    async def breaking_off():
+        filling = asyncio.create_task(backfill(layout, proxy.config))
+        await asyncio.to_thread(sealing.wait, 20)
+        filling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await filling
+
+    monkeypatch.setattr(Store, "seal_all", seal_all)
+    monkeypatch.setattr(Store, "roll", lambda store: notes.append("roll"))
+    asyncio.run(breaking_off())
+    assert notes == [True, "roll"] and not being_written(layout)
 
 
 def test_the_command_says_what_it_filled_and_what_is_left(stub, tmp_path):
