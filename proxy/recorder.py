@@ -483,25 +483,30 @@ class Recording:
         and what is not sealed is left live.
         """
         self._closing.set()
+        try:
+            await self._finish_calls()
+            await self.seal(0)
+            if self._deadline.over and self.n_live:
+                logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
+            try:
+                await self._on_disk(self._store.roll)
+            except Exception:
+                logger.exception("the index of %s could not be written", self._store.layout.root)
+            if self._forgetting:
+                _, late = await asyncio.wait(self._forgetting, timeout=max(self._deadline.left_s, LATE_S))
+                for forgetting in late:
+                    forgetting.cancel()
+        finally:
+            await self._notes.close()
+            await self._on_disk(self._store.close)
+            self._disk.shutdown()
+
+    async def _finish_calls(self) -> None:
         while self._tasks:
             await asyncio.wait(self._tasks.values(), timeout=max(self._deadline.left_s, LATE_S))
             if self._deadline.over:
                 for claim in self._claims:
                     claim.cancel()
-        await self.seal(0)
-        if self._deadline.over and self.n_live:
-            logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
-        try:
-            await self._on_disk(self._store.roll)
-        except OSError:
-            logger.exception("the index of %s could not be written", self._store.layout.root)
-        if self._forgetting:
-            _, late = await asyncio.wait(self._forgetting, timeout=max(self._deadline.left_s, LATE_S))
-            for forgetting in late:
-                forgetting.cancel()
-        await self._notes.close()
-        await self._on_disk(self._store.close)
-        self._disk.shutdown()
 
     async def _on_disk(self, work: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
@@ -562,14 +567,20 @@ class Recorder:
         idle_s = self.config.episode_idle_s
         while True:
             await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
-            for recording in list(self._runs.values()):
-                await recording.seal(idle_s)
+            for name, recording in list(self._runs.items()):
+                try:
+                    await recording.seal(idle_s)
+                except Exception:
+                    logger.exception("run %s could not be sealed", name)
 
     def drain(self) -> None:
         """From now on there are `drain_s` for all that is under way."""
         self.deadline.set(self.config.drain_s)
 
     async def close(self) -> None:
+        """Close all runs, side by side: neither one that must wait for its worker nor one that fails is the others'
+        trouble. The first error is raised when all are closed.
+        """
         if self._sealing is not None:
             self._sealing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -577,5 +588,10 @@ class Recorder:
         await asyncio.gather(*self._opening.values(), return_exceptions=True)
         if self.deadline.at is None:
             self.drain()
-        for recording in self._runs.values():
-            await recording.close()
+        closing = (recording.close() for recording in self._runs.values())
+        closed = await asyncio.gather(*closing, return_exceptions=True)
+        errors = [error for error in closed if error is not None]
+        for error in errors[1:]:
+            logger.error("another run could not be closed", exc_info=error)
+        if errors:
+            raise errors[0]

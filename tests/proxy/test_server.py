@@ -13,17 +13,21 @@ import time
 import httpx
 import numpy as np
 import openai
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from starlette.responses import JSONResponse
 
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
+from episodes.layout import Layout
 from episodes.run import open_run
+from episodes.store import Store, being_written
 from episodes.verify import problems
 from proxy.__main__ import proxy as command
 from proxy.__main__ import settle
 from proxy.backend import Backend
 from proxy.config import Config, Limits
+from proxy.recorder import Recording
 from proxy.server import serve
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
@@ -530,6 +534,73 @@ def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path
     with proxy_to(stub.url, tmp_path) as proxy:
         pass
     assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+
+
+def _statuses(data, *names):
+    """What has become of the episodes of these runs."""
+    return [[e.status for e in open_run(data / name).history.episodes.values()] for name in names]
+
+
+def test_a_claim_that_hangs_keeps_no_other_run_from_being_sealed(stub, tmp_path, monkeypatch):
+    claim, hung = Backend.claim, []
+
+    async def first_hangs(self, call, into):
+        if not hung:
+            hung.append(call)
+            await asyncio.Event().wait()
+        await claim(self, call, into)
+
+    monkeypatch.setattr(Backend, "claim", first_hangs)
+    with proxy_to(stub.url, tmp_path, drain_s=0.5) as proxy:
+        converse(proxy.client("/runs/a/v1"), "kept waiting", 1)
+        until(lambda: bool(hung), "the claim")
+        converse(proxy.client("/runs/b/v1"), "quiet", 1)
+        until(lambda: len(open_run(tmp_path / "b").history.calls) == 1, "the other call in the journal")
+    assert _statuses(tmp_path, "a", "b") == [["live"], ["sealed"]]
+
+
+def test_a_run_that_cannot_be_closed_is_told_of_when_the_others_are(stub, tmp_path, monkeypatch):
+    """It is not locked, either."""
+    seal = Recording.seal
+
+    async def fails(self, idle_s):
+        if self.salt.startswith("a/"):
+            raise MemoryError("told to fail")
+        await seal(self, idle_s)
+
+    monkeypatch.setattr(Recording, "seal", fails)
+    with pytest.raises(MemoryError, match="told to fail"), proxy_to(stub.url, tmp_path) as proxy:
+        for name in "abc":
+            converse(proxy.client(f"/runs/{name}/v1"), name, 1)
+    assert _statuses(tmp_path, "a", "b", "c") == [["live"], ["sealed"], ["sealed"]]
+    assert not being_written(Layout(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("kind", [MemoryError, pa.ArrowInvalid])
+def test_what_goes_wrong_once_ends_neither_the_sealing_nor_the_draining(stub, tmp_path, monkeypatch, caplog, kind):
+    """Whatever it is, it is logged, and tried again."""
+    pair, roll, failed = Recording._pair, Store.roll, []
+
+    def fails_once(name, real):
+        def method(self, *args):
+            if name not in failed:
+                failed.append(name)
+                raise kind(f"told to fail: {name}")
+            return real(self, *args)
+
+        return method
+
+    monkeypatch.setattr(Recording, "_pair", fails_once("pair", pair))
+    monkeypatch.setattr(Store, "roll", fails_once("roll", roll))
+    with proxy_to(stub.url, tmp_path, episode_idle_s=0.2) as proxy:
+        converse(proxy.client(), "quiet", 1)
+        until(lambda: _statuses(tmp_path, "r") == [["sealed"]], "a seal")
+    assert failed == ["pair", "roll"]
+    assert [message for message in caplog.messages if "could not be" in message] == [
+        "run r could not be sealed",
+        f"the index of {tmp_path / 'r'} could not be written",
+    ]
+    check_rows(proxy.open())
 
 
 def test_a_worker_that_is_not_heard_to_forget_keeps_nothing_waiting(stub, tmp_path, monkeypatch):
