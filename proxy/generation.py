@@ -32,6 +32,7 @@ class Generation:
         self._recording = recording
         self._lease = lease
         self._in_full = in_full
+        self._passed = False
         self._told = False
         self._recorded = False
         self._reply = web.StreamResponse()
@@ -53,7 +54,7 @@ class Generation:
                 else:
                     await self._whole(reply)
         except ConnectionError:
-            exchange.error = GONE
+            self.broken_off(GONE)
         except (WorkerFailed, NotStored) as error:
             exchange.error = str(error)
             exchange.reached = not isinstance(error, WorkerUnreachable)
@@ -89,6 +90,7 @@ class Generation:
                     await self._ended(transcript)
                 if kept:
                     await reply.write(kept)
+                self._passed = transcript.done
             if cutter.rest:
                 await reply.write(cutter.rest)
             if not transcript.done:
@@ -110,6 +112,11 @@ class Generation:
         if self._in_full:
             self._record()
         await self._recording.may_end(self._exchange.id)
+
+    def broken_off(self, why: str) -> None:
+        """The exchange was, and that is an error unless the last event had passed: the openai SDK reads no further."""
+        if not self._passed:
+            self._exchange.error = why
 
     def over(self) -> None:
         """The call is over, whatever became of it: hand it to the recorder."""

@@ -145,7 +145,7 @@ class Proxy:
         try:
             return await generation.run(self._translated(exchange.fields, body))
         except asyncio.CancelledError:
-            exchange.error = STOPPED if self._recorder.deadline.over else GONE
+            generation.broken_off(STOPPED if self._recorder.deadline.over else GONE)
             raise
         finally:
             generation.over()

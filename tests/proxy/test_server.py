@@ -425,6 +425,25 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     committed(proxy, 2)
 
 
+class Lingering(Stub):
+    """The end of a stream comes a while after its last event, as over a network."""
+
+    async def _events(self, *args):
+        async for event in super()._events(*args):
+            yield event
+        await asyncio.sleep(0.3)
+
+
+def test_a_client_that_leaves_at_the_last_event_has_heard_the_reply(tmp_path):
+    """As the openai SDK does."""
+    with Running(Lingering(tmp_path / "spool")) as worker, proxy_to(worker.url, tmp_path / "data") as proxy:
+        converse(proxy.client(), "hasty", 2, stream=True)
+    run = proxy.open()
+    assert [(call.error, call.status) for call in run.history.calls.values()] == [(None, 200)] * 2
+    assert [(e["n_calls"], e["n_turns"]) for e in run.episodes.to_pylist()] == [(2, 2)]
+    check_rows(run)
+
+
 def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http, caplog):
     """Taken out of the reply, streamed or not, and stored with the call. That there are no others is said once."""
     import zstandard
