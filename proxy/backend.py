@@ -93,6 +93,7 @@ class Backend:
         self._in_sight = True
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
+        self._unheard: set[str] = set()  # calls that it could not be told to forget
         self.foreign = False  # no worker of ours, as far as is known
 
     async def capabilities(self) -> Model | None:
@@ -233,17 +234,30 @@ class Backend:
             return []
 
     async def forget(self, call: str) -> None:
-        """Tell the worker that a call's activations are stored, or not wanted. One that cannot be reached several times
-        has lost them anyway, or clears them away when it starts.
+        """Tell the worker that a call's activations are stored, or not wanted. What it does not hear several times, it
+        is told with the next that it does.
         """
         for pause_s in (RETRY_S, RETRY_S, 0):
-            try:
-                async with self._session.delete(
-                    f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=self._soon
-                ):
-                    return
-            except (aiohttp.ClientError, TimeoutError, ConnectionError):
-                await asyncio.sleep(pause_s)
+            if await self._delete(call):
+                break
+            await asyncio.sleep(pause_s)
+        else:
+            self._unheard.add(call)
+            return
+        while self._unheard:
+            late = self._unheard.pop()
+            if not await self._delete(late):
+                self._unheard.add(late)
+                return
+
+    async def _delete(self, call: str) -> bool:
+        try:
+            async with self._session.delete(
+                f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=self._soon
+            ):
+                return True
+        except (aiohttp.ClientError, TimeoutError, ConnectionError):
+            return False
 
 
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:

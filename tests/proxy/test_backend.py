@@ -163,6 +163,31 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(silent, monkeypatch, as
     assert asyncio.run(asyncio.wait_for(asking(), 5)) == said
 
 
+def test_what_a_worker_does_not_hear_to_forget_it_is_told_with_the_next(stub, monkeypatch):
+    """As over a network that was down for longer than it is tried."""
+    calls = [ask(stub.url), ask(stub.url)]
+    delete, n = aiohttp.ClientSession.delete, 0
+
+    def fails_at_first(session, *args, **kwargs):
+        nonlocal n
+        n += 1
+        if n <= 3:
+            raise aiohttp.ClientConnectionError
+        return delete(session, *args, **kwargs)
+
+    async def forgetting():
+        async with aiohttp.ClientSession() as session:
+            backend, held = Backend(stub.url, session), []
+            for call in calls:
+                await backend.forget(call)
+                held.append([held.call for held in await backend.waiting()])
+            return held
+
+    monkeypatch.setattr(backends, "RETRY_S", 0.01)
+    monkeypatch.setattr(aiohttp.ClientSession, "delete", fails_at_first)
+    assert asyncio.run(forgetting()) == [calls, []] and n == 5
+
+
 def test_a_claim_that_is_not_answered_is_lost_when_its_time_is_over(silent, tmp_path):
     """And does not keep those behind it waiting."""
 
