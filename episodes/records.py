@@ -45,6 +45,11 @@ class Run(msgspec.Struct, frozen=True):
     recorded: Model | None = None
     compression: Literal["zstd", "none"] = "zstd"
 
+    @property
+    def family(self) -> str:
+        """What the salts of its captures begin with, and those of no other run's."""
+        return f"{self.run}/{self.created!r}/"
+
 
 Role = Literal["agent", "user", "supervisor", "warmup"]
 # In the place of a role: a call of ours that stores what another lacked (`episodes.holes`).

@@ -35,12 +35,15 @@ class Filled:
 
 
 class Backfill:
-    """Fills the holes of a run, one at a time. on_disk: runs work of the store where the store's work is done."""
+    """Fills the holes of a run, one at a time. on_disk: runs work of the store where the store's work is done. salt:
+    what those of its captures begin with, for the next proxy to know them should this process die.
+    """
 
-    def __init__(self, store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]]) -> None:
+    def __init__(self, store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]], salt: str) -> None:
         self._store = store
         self._workers = workers
         self._on_disk = on_disk
+        self._salt = salt
 
     async def fill(self, calls: Iterable[Call]) -> Filled:
         """Fill the holes of these calls; what cannot be filled is left, and said."""
@@ -69,7 +72,8 @@ class Backfill:
         return n_rows
 
     async def _run_again(self, hole: Hole, edit: str) -> int:
-        capture = Capture(f"c-{uuid.uuid4().hex[:16]}", uuid.uuid4().hex, tuple(hole.call.points), hole.tokens)
+        call, salt = f"c-{uuid.uuid4().hex[:16]}", f"{self._salt}{uuid.uuid4().hex}"
+        capture = Capture(call, salt, tuple(hole.call.points), hole.tokens)
         draft = self._store.draft(capture.call)
         backend = self._workers.idlest
         started = time.time()
@@ -102,7 +106,7 @@ async def backfill(layout: Layout, config: Config) -> Filled:
             store = await on_disk(Store, layout)
             try:
                 await on_disk(store.describe, model)
-                done = await Backfill(store, workers, on_disk).fill(store.calls())
+                done = await Backfill(store, workers, on_disk, store.run.family).fill(store.calls())
                 try:
                     await on_disk(store.seal_all, DIALECT)
                 finally:  # of what could be sealed

@@ -96,10 +96,10 @@ class Recording:
         self._plain = Together(store.append, self._disk)
         self._notes = Notes(store)
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
-        self._family = f"{store.run.run}/{store.run.created!r}/"
-        self._start = uuid.uuid4().hex[:8]
+        self._family = store.run.family
+        self._start = f"{self._family}{uuid.uuid4().hex[:8]}."
         self._n_lost = 0
-        self._backfill = Backfill(store, workers, self._on_disk) if config.backfill else None
+        self._backfill = Backfill(store, workers, self._on_disk, self._start) if config.backfill else None
         # Those whose model is the run's, and who were asked what they hold for proxies before this one.
         self._greeted: dict[Backend, Model] = {}
         # Threads with calls that are not recorded, and how many; no others.
@@ -161,14 +161,14 @@ class Recording:
         calls so young that nothing was noted of them.
         """
         for held in await backend.waiting():
-            ours = held.salt.startswith(self._family) and not held.salt.startswith(f"{self._family}{self._start}.")
+            ours = held.salt.startswith(self._family) and not held.salt.startswith(self._start)
             if ours and held.call not in self._tasks:
                 await backend.forget(held.call)
 
     @property
     def salt(self) -> str:
         """What calls of this run may share cached blocks under: a lost row begins a new epoch, at all workers."""
-        return f"{self._family}{self._start}.{self._n_lost}"
+        return f"{self._start}{self._n_lost}"
 
     @property
     def counts(self) -> dict[str, int]:

@@ -19,9 +19,11 @@ from episodes.records import BACKFILL
 from episodes.run import open_run
 from episodes.store import Store, being_written
 from episodes.verify import problems
+from proxy.backend import Backend
 from proxy.backfill import backfill
 from proxy.config import Config
 from tests.conftest import free_port, proxy_to, until
+from tests.proxy.test_durability import waiting
 from tests.proxy.test_server import committed, converse, user
 from tests.stub import MODEL, POINTS, Running, Stub, rows
 
@@ -193,6 +195,27 @@ def test_a_backfill_that_is_broken_off_writes_with_one_thread_and_lets_the_run_g
     monkeypatch.setattr(Store, "roll", lambda store: notes.append("roll"))
     asyncio.run(breaking_off())
     assert notes == [True, "roll"] and not being_written(layout)
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_rows_of_a_backfill_that_died_are_forgotten_by_the_next_proxy(stub, tmp_path, http, monkeypatch, by_itself):
+    """Between having them computed and telling the worker to forget them."""
+    forget = Backend.forget
+
+    async def dies(self, call):
+        pass
+
+    with proxy_to(stub.url, tmp_path, backfill=not by_itself) as proxy:
+        lose(stub.stub, proxy)
+        until(lambda: not waiting(stub, http), "the calls themselves to be forgotten")
+        monkeypatch.setattr(Backend, "forget", dies)
+    if by_itself:
+        fill(proxy)
+    (filler,) = fillers(proxy.open())
+    assert waiting(stub, http) == {filler.id}
+    monkeypatch.setattr(Backend, "forget", forget)
+    with proxy_to(stub.url, tmp_path):
+        until(lambda: not waiting(stub, http), "the worker to have been told to forget")
 
 
 def test_the_command_says_what_it_filled_and_what_is_left(stub, tmp_path):
