@@ -31,6 +31,8 @@ from episodes.wire import DTYPE_CODES, CallFile
 
 # How much the journal may grow before what it adds up to is written down: about three seconds of reading.
 CHECKPOINT_BYTES = 256 << 20
+# Whoever looks whether a run is being written (`being_written`) holds its lock for an instant.
+GLANCE_S = 0.05
 NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
@@ -330,23 +332,28 @@ def being_written(layout: Layout) -> bool:
     if not layout.lock.exists():
         return False
     with layout.lock.open() as file:  # read only, and shared: an archived run cannot be written
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _taken(file, fcntl.LOCK_SH)
 
 
 def _lock(layout: Layout) -> IO[str]:
     file = layout.lock.open("a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise RunLocked(f"{layout.root} is being written by {holder}: stop it first, or use another run") from None
+    if not _taken(file, fcntl.LOCK_EX):
+        time.sleep(GLANCE_S)
+        if not _taken(file, fcntl.LOCK_EX):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunLocked(f"{layout.root} is being written by {holder}: stop it first, or use another run")
     file.truncate(0)
     file.write(f"process {os.getpid()}")
     file.flush()
     return file
+
+
+def _taken(file: IO[str], how: int) -> bool:
+    """Take a lock; False if somebody else has it."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """A writer that is killed: at whatever instant, the next one finds every call that began, and nothing else."""
 
+import fcntl
 import os
 import signal
 import sys
@@ -183,6 +184,17 @@ def test_a_run_that_another_process_writes_is_refused_until_that_is_dead(tmp_pat
     Store(layout).close()
     os.close(reading)
     os.close(writing)
+
+
+def test_a_run_can_be_opened_while_somebody_looks_whether_it_is_being_written(tmp_path, monkeypatch):
+    """Which takes its lock, for an instant."""
+    layout = Layout(tmp_path / "run")
+    Store(layout).close()
+    looking = layout.lock.open()
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    monkeypatch.setattr("episodes.store.time.sleep", lambda _: looking.close())
+    Store(layout).close()
+    assert looking.closed
 
 
 def test_what_cannot_be_told_to_be_garbage_stays(tmp_path):
