@@ -25,6 +25,9 @@ from worker.spool import FAILED, PART, WHOLE, spooled
 # A request that was dropped or failed while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
 RAN = ("stop", "length", "repetition")
+# What the engine's front raises of a request that it does not take, by name: who has no vLLM does without. Any other error
+# may come when the engine has run all of it.
+NOT_TAKEN = {"VLLMClientError", "GracefulHTTPError", "ValueError"}
 CALL_LIMIT = 10_000
 SWEEP_S = 1.0
 POLL_S = 0.005
@@ -244,9 +247,9 @@ class Ledger:
                     taken = True
                     call.note(own.start, output, delta)
                     yield output
-        except Exception:  # before any output: it is not valid, or too many wait; else the engine is dead
+        except Exception as error:
             for growing in call.sequences[own]:
-                growing.refused = not taken
+                growing.refused = not taken and bool(NOT_TAKEN & {kind.__name__ for kind in type(error).__mro__})
             raise
 
 
