@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
+from episodes.layout import NAME
 from episodes.points import Points
 from episodes.wire import CaptureSource, Sequence, Tokens
+
+# What names a file in the run: a line that has another is refused where it is decoded, whoever wrote it.
+Name = Annotated[str, msgspec.Meta(pattern=rf"\A{NAME.pattern}\Z")]
 
 
 class Model(msgspec.Struct, frozen=True):
@@ -79,9 +83,9 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     request_id: the client's `X-Request-Id`. client: the name of the key that it came with.
     """
 
-    id: str
-    thread: str
-    episode: str
+    id: Name
+    thread: Name
+    episode: Name
     turn: int
     attempt: int
     endpoint: str
@@ -132,8 +136,8 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
 class Seal(msgspec.Struct, frozen=True, tag="seal"):
     """An episode's rows are in its shard; `calls` are the ones it holds. crc32: of the whole file. at: unix seconds."""
 
-    episode: str
-    calls: list[str]
+    episode: Name
+    calls: list[Name]
     n_rows: int
     n_bytes: int
     crc32: int
@@ -147,13 +151,13 @@ class Pair(msgspec.Struct, frozen=True, tag="pair", omit_defaults=True):
     episode as well as the ones that do, by all that was said and when.
     """
 
-    episode: str
-    threads: list[str]
+    episode: Name
+    threads: list[Name]
     at: float
     benchmark: str | None = None
     strategy: str | None = None
     user_strategy: str | None = None
-    tied: list[str] = []
+    tied: list[Name] = []
 
 
 class Link(msgspec.Struct, frozen=True, tag="link", omit_defaults=True):
@@ -162,7 +166,7 @@ class Link(msgspec.Struct, frozen=True, tag="link", omit_defaults=True):
     by: what it was found by. tied: other episodes that the result fits as well. source: the file's name. info: JSON.
     """
 
-    episode: str
+    episode: Name
     benchmark: str
     task_id: str
     trial: int
@@ -175,7 +179,7 @@ class Link(msgspec.Struct, frozen=True, tag="link", omit_defaults=True):
     error: str | None = None
     info: str = ""
     source: str = ""
-    tied: list[str] = []
+    tied: list[Name] = []
 
 
 Record = Call | Seal | Pair | Link

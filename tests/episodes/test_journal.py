@@ -3,13 +3,14 @@
 import zlib
 from contextlib import suppress
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from episodes.errors import CorruptFile
 from episodes.journal import Broken, Journal, decode, encode, read
-from episodes.records import Call, Kept, Seal
+from episodes.records import Call, Kept, Link, Pair, Seal
 from episodes.wire import Sequence
 
 CALL = Call(
@@ -18,6 +19,8 @@ CALL = Call(
     sequences=[Sequence(0, [1, 2], [3], "stop", 1)], kept=[Kept(0, 1, 2)],
 )  # fmt: skip
 SEAL = Seal("e", ["c-1"], 1, 100, 7, 3.0)
+PAIR = Pair("e", ["t-1", "t-2"], 3.0, tied=["t-3"])
+LINK = Link("e", "tau-bench", "7", 0, 1.0, "order", tied=["f"])
 
 
 def test_records_come_back_as_they_went(tmp_path):
@@ -72,6 +75,24 @@ def test_no_line_raises_anything_else(text, checked):
 def test_a_line_that_a_parser_chokes_on_is_corrupt(text):
     with pytest.raises(CorruptFile):
         decode(b"%08x %s\n" % (zlib.crc32(text), text))
+
+
+@pytest.mark.parametrize("name", ["", "..", "/tmp/x", "../x", "a/b", "a\0", "a\n", ".a", "a" * 129])
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        *((CALL, field) for field in ("id", "thread", "episode")),
+        *((SEAL, field) for field in ("episode", "calls")),
+        *((PAIR, field) for field in ("episode", "threads", "tied")),
+        *((LINK, field) for field in ("episode", "tied")),
+    ],
+)
+def test_a_name_that_could_lead_out_of_the_run_makes_its_line_corrupt(record, field, name):
+    """Its checksum may be right: whoever made the run wrote that too."""
+    names = [*getattr(record, field), name] if isinstance(getattr(record, field), list) else name
+    with pytest.raises(CorruptFile, match="regex"):
+        decode(encode(msgspec.structs.replace(record, **{field: names})))
+    assert decode(encode(record)) == record
 
 
 @given(st.data())

@@ -5,15 +5,18 @@ import os
 import signal
 import sys
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from episodes import journal
 from episodes.begun import Begun, left_begun
 from episodes.cast import Group
 from episodes.errors import BadRun, RunLocked
 from episodes.layout import Layout, whole
+from episodes.records import Call
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT
@@ -216,6 +219,32 @@ def test_what_cannot_be_told_to_be_garbage_stays(tmp_path):
     assert layout.live_file("t-e", "c1").exists()
     assert {path.name for path in layout.shards.iterdir()} == {"notes.txt", "mine.parquet", "flipped.parquet"}
     store.close()
+
+
+@pytest.mark.parametrize("file", ["journal.jsonl", "begun.jsonl"])
+def test_a_run_from_elsewhere_cannot_name_files_outside_of_it(tmp_path, file):
+    """Neither a call nor an episode, whose files go or are written when somebody seals the run."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("model.safetensors", "table.parquet", ".draft.claim"):
+        (victim / name).write_text("mine")
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2], [3])
+    writer.close()
+    (call,) = (record for record in journal.read(writer.layout.journal) if isinstance(record, Call))
+    crafted = [
+        msgspec.structs.replace(call, id=f"{victim}/model"),
+        msgspec.structs.replace(call, id="c8", thread=f"../../{victim.name}"),
+        msgspec.structs.replace(call, id="c9", episode=f"{victim}/table"),
+    ]
+    with (writer.layout.root / file).open("ab") as lines:
+        lines.writelines(map(journal.encode, crafted))
+    store = Store(writer.layout)
+    store.seal_all(DIALECT)
+    store.close()
+    assert {path.name: path.read_text() for path in victim.iterdir()} == dict.fromkeys(
+        ("model.safetensors", "table.parquet", ".draft.claim"), "mine"
+    )
 
 
 @pytest.mark.parametrize("left", ["c1 c2 damaged", "c1 c2", "c1"])
