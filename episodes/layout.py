@@ -41,6 +41,7 @@ A page's checksum guards reading; the whole file's CRC-32 is in the journal's se
 
 Every file but the two of lines appears whole or not at all: written under a name that begins with a dot, synced,
 renamed, its directory synced. A call is committed when its journal line is on disk, and not before its live file is.
+Nothing in it is a symbolic link: a writer would write and delete where that leads, and refuses the run.
 
 **Crashes.** Before a call's reply ends, the call is in `begun.jsonl` as it was when it began. So after a crash a call
 whose reply had ended is in the journal, or a line there says that it is not. Who opens the run for writing records
@@ -53,7 +54,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from episodes.errors import BadName
@@ -126,6 +127,16 @@ def _make(directory: Path) -> None:
     if not directory.exists():
         directory.mkdir(parents=True, exist_ok=True)
         sync_directory(directory.parent)
+
+
+def links(directory: Path) -> Iterator[Path]:
+    """The symbolic links in a directory and below it; none is followed."""
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:  # another process may be at work in it
+        for entry in entries:
+            if entry.is_symlink():
+                yield Path(entry.path)
+            elif entry.is_dir():
+                yield from links(Path(entry.path))
 
 
 def crc32(path: Path) -> int:

@@ -21,7 +21,7 @@ from episodes.begun import Begun
 from episodes.cast import Cast, Dialect, Group
 from episodes.errors import BadRun, CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import Ranges
-from episodes.layout import FORMAT, Layout, crc32, publish, whole
+from episodes.layout import FORMAT, Layout, crc32, links, publish, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
@@ -51,7 +51,9 @@ class Store:
     """A run that this process writes. Not safe to call from several threads at once."""
 
     def __init__(self, layout: Layout, compression: Literal["zstd", "none"] = "zstd") -> None:
-        """Open a run, making it if it is not there; RunLocked if another process writes it."""
+        """Open a run, making it if it is not there; RunLocked if another process writes it, BadRun if it has links."""
+        for link in links(layout.root):  # before anything is written, which may be elsewhere
+            raise BadRun(f"{link} is a symbolic link: a run is written only where it lies; put in what it stands for")
         layout.live.mkdir(parents=True, exist_ok=True)
         self.layout = layout
         self._lock = _lock(layout)

@@ -247,6 +247,35 @@ def test_a_run_from_elsewhere_cannot_name_files_outside_of_it(tmp_path, file):
     )
 
 
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("live", "other"),
+        ("live/t-x", "other/t-x"),
+        ("shards", "other"),
+        ("foreign", "other"),
+        (".lock", "other/notes.parquet"),
+        ("begun.jsonl", "other/notes.parquet"),
+        (".run.json.draft", "other/notes.parquet"),
+        ("gone", "other/gone"),
+    ],
+)
+def test_a_run_with_a_link_in_it_is_not_written(tmp_path, link, target):
+    """What recovery would delete there, or a writer write, is somebody else's."""
+    Writer(tmp_path).close()
+    other, link = tmp_path / "other", tmp_path / "run" / link
+    files = [other / "t-x" / "model.safetensors", other / "notes.parquet", other / "notes.json.zst"]
+    (other / "t-x").mkdir(parents=True)
+    for file in files:
+        file.write_text("mine")
+    link.rmdir() if link.is_dir() else link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / target)
+    with pytest.raises(BadRun, match=f"{link.name} is a symbolic link"):
+        Store(Layout(tmp_path / "run"))
+    assert [file.read_text() for file in files] == ["mine"] * 3
+    assert open_run(tmp_path / "run").names == []
+
+
 @pytest.mark.parametrize("left", ["c1 c2 damaged", "c1 c2", "c1"])
 def test_the_only_copy_of_rows_stays_whatever_the_journal_says(tmp_path, left):
     """Of an episode whose seal is a damaged line, or which was sealed after its journal had been copied; and a reader
