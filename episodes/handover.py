@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import shutil
+import stat
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -51,7 +52,7 @@ def take(recipe: Recipe, directory: Path, into: Path, min_free_bytes: int = 0) -
 
     One spool file on the same file system becomes the call file by a link; else the kernel copies, once. The spool
     files stay until the worker is told to forget them. CorruptFile for a recipe that names anything but spool files,
-    OSError if a copy would leave less of the disk than min_free_bytes.
+    a link to another file among them; OSError if a copy would leave less of the disk than min_free_bytes.
     """
     for part in recipe.parts:
         if part.name and not NAME.fullmatch(part.name):
@@ -88,17 +89,31 @@ def _link(recipe: Recipe, directory: Path, into: Path) -> bool:
     if len(names) != 1 or any(part.name and part.offset != place for part, place in placed):
         return False
     try:
-        os.link(directory / names.pop(), into)
-        with into.open("r+b") as file:
+        os.link(directory / names.pop(), into, follow_symlinks=False)
+        with _open(into, os.O_RDWR) as file:
             for part, place in placed:
                 if not part.name:
                     file.seek(place)
                     file.write(part.data)
             file.truncate(at[-1])
-    except OSError:
+    except (OSError, CorruptFile):
         into.unlink(missing_ok=True)
         return False
     return True
+
+
+def _open(path: Path, access: int) -> BinaryIO:
+    """A file of the spool, whose directory others may write to; CorruptFile if it is a link, a pipe or the like."""
+    try:
+        descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)  # to open a pipe may take for ever
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptFile(f"{path.name} is a symbolic link, no spool file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptFile(f"{path.name} is no plain file, so no spool file")
+    return os.fdopen(descriptor, "r+b" if access == os.O_RDWR else "rb")
 
 
 def _copy(recipe: Recipe, directory: Path, into: Path) -> None:
@@ -107,7 +122,7 @@ def _copy(recipe: Recipe, directory: Path, into: Path) -> None:
             if not part.name:
                 out.write(part.data)
                 continue
-            with (directory / part.name).open("rb", buffering=0) as spooled:
+            with _open(directory / part.name, os.O_RDONLY) as spooled:
                 _send(spooled, part, out)
 
 

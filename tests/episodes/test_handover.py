@@ -70,7 +70,7 @@ def test_another_file_system_gets_a_copy(spool, tmp_path, monkeypatch):
     written = write(spool)
     assert take(recipe(spool, written), spool, tmp_path / "linked")
 
-    def link(source, target):
+    def link(source, target, follow_symlinks):
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", link)
@@ -141,6 +141,21 @@ def test_a_recipe_cannot_name_a_file_outside_the_spool(spool, tmp_path, name):
     with pytest.raises(CorruptFile, match=r"<call>\.<choice>\.safetensors"):
         take(asked, spool, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe", "directory"])
+def test_what_is_no_plain_file_is_neither_read_nor_written(spool, tmp_path, kind, several):
+    """Whoever may write into the spool cannot name another file of the proxy's by it."""
+    written = [write(spool, choice) for choice in range(1 + several)]
+    asked, path, mine = recipe(spool, *written), written[-1][1], tmp_path / "mine"
+    if kind != "link to nothing":
+        mine.write_bytes(b"mine")
+    path.unlink()
+    {"pipe": os.mkfifo, "directory": os.mkdir}.get(kind, lambda path: path.symlink_to(mine))(path)
+    with pytest.raises(CorruptFile, match=r"c\.\d\.safetensors is (a symbolic link|no plain file)"):
+        take(asked, spool, tmp_path / "out")
+    assert not mine.exists() if kind == "link to nothing" else mine.read_bytes() == b"mine"
 
 
 def test_a_spool_file_that_is_too_short_is_an_error(spool, tmp_path):
