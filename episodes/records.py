@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -14,10 +14,16 @@ from episodes.wire import CaptureSource, Sequence, Tokens
 Name = Annotated[str, msgspec.Meta(pattern=rf"\A{NAME.pattern}\Z")]
 
 
+# What two models agree in whose rows may stand for each other's; the latter as far as both say it.
+ALIKE = ("model", "dtype", "hidden_size", "n_layers", "edit", "source", "custom")
+ALIKE_IF_KNOWN = ("path", "revision", "quantization")
+
+
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
     points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`. edit:
-    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`.
+    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`. path, revision, quantization:
+    of the checkpoint, empty where they are not known.
     """
 
     model: str
@@ -30,6 +36,20 @@ class Model(msgspec.Struct, frozen=True):
     tokens: Tokens = "all"
     source: CaptureSource = "nnsight"
     edit: str = ""
+    path: str = ""
+    revision: str = ""
+    quantization: str = ""
+
+    def differences(self, other: Model, *more: str) -> list[tuple[str, Any, Any]]:
+        """What keeps rows of the other from standing for rows of this: field, this one's, the other's. more: fields
+        that are to be the same as well
+        """
+        found = []
+        for name in (*ALIKE, *ALIKE_IF_KNOWN, *more):
+            own, its = getattr(self, name), getattr(other, name)
+            if own != its and (name not in ALIKE_IF_KNOWN or (own and its)):
+                found.append((name, own or "none", its or "none"))
+        return found
 
     @property
     def offered(self) -> Points:

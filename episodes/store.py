@@ -85,12 +85,10 @@ class Store:
             self._write(msgspec.structs.replace(self.run, recorded=model))
             self.run = read_run(self.layout)
             return
-        for name in ("model", "dtype", "hidden_size", "edit"):
-            before, now = getattr(found, name) or "none", getattr(model, name) or "none"
-            if before != now:
-                raise WrongModel(
-                    f"run {self.run.run} was recorded with {name} {before}, the worker has {now}: give another --run"
-                )
+        for name, before, now in found.differences(model):
+            raise WrongModel(
+                f"run {self.run.run} was recorded with {name} {before}, the worker has {now}: give another --run"
+            )
 
     def _write(self, run: Run) -> None:
         with whole(self.layout.run) as draft:

@@ -15,8 +15,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import msgspec
-
 from episodes.errors import WorkerFailed, WorkerUnreachable, WrongModel
 from episodes.records import Model
 from proxy.address import session
@@ -30,7 +28,6 @@ logger = logging.getLogger("tautap.proxy")
 
 # How often to look after a worker that is down, and after one that is up.
 DOWN_S, UP_S = 1.0, 5.0
-ALIKE = ("model", "dtype", "hidden_size", "n_layers", "edit", "source", "points", "custom", "tokens")
 
 
 class Workers:
@@ -194,8 +191,7 @@ def unlike(model: Model | None, others: Model | None) -> str:
     """Why a worker cannot record beside others; nothing if it can."""
     if model is None or others is None:
         return "no worker of tautap's: several backends must all be"
-    had, has = msgspec.to_builtins(others), msgspec.to_builtins(model)
-    differs = [f"{name} {has[name] or 'none'}, not {had[name] or 'none'}" for name in ALIKE if had[name] != has[name]]
+    differs = [f"{name} {has}, not {had}" for name, has, had in model.differences(others, "points", "tokens")]
     return f"it has {'; '.join(differs)} as another has: all must be alike" if differs else ""
 
 

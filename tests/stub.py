@@ -112,6 +112,9 @@ class Engine:
                 get_hidden_size=lambda: HIDDEN,
                 dtype="torch.bfloat16",
                 max_model_len=100_000,
+                model="tests/stub",
+                revision=None,
+                quantization=None,
             ),
         )
 

@@ -80,7 +80,8 @@ def test_capabilities_describe_what_is_recorded(worker):
     about = worker.client.get("/v1/capabilities").json()
     assert about["activation_collection"] is True and about["model"] == worker.model
     assert about["supported_layers"] == list(range(about["n_layers"])) and about["points"]
-    assert {"hidden_size", "dtype", "limits", "versions", "max_tokens"} <= set(about)
+    assert {"hidden_size", "dtype", "limits", "versions", "max_tokens", "revision"} <= set(about)
+    assert about["path"] and about["quantization"] == "none"
     capture = new()
     assert worker.ask("Hi", capture).status_code == 200
     file = worker.file(capture.call)

@@ -48,6 +48,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # In an Accept-Encoding, unless its weight is nought.
 ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
+SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
 # What tells of a browser, and of whose page it shows.
 SENT_FROM = (b"host", b"origin", b"sec-fetch-site")
 KINDS = {
@@ -245,6 +246,9 @@ class About:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_tokens = int(model.max_model_len)
         self.edit = _named(self.config.edit)
+        self.path = _checkpoint(str(model.model))
+        self.revision = str(model.revision or "")
+        self.quantization = str(model.quantization or "none")
 
     def capabilities(self) -> dict[str, Any]:
         return {
@@ -264,6 +268,9 @@ class About:
             "tokens": self.config.tokens,
             "source": self.config.source,
             "edit": self.edit,
+            "path": self.path,
+            "revision": self.revision,
+            "quantization": self.quantization,
             "limits": {
                 "spool_bytes": self.config.spool_bytes,
                 "buffer_bytes": self.config.buffer_bytes,
@@ -419,6 +426,13 @@ def _named(edit: str) -> str:
     """An edit's file and function, and the start of the file's sha256: what rows were computed under."""
     path, _, function = edit.rpartition(":")
     return f"{Path(path).name}:{function} {hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]}" if path else ""
+
+
+def _checkpoint(model: str) -> str:
+    """A checkpoint's directory, or its name on the Hub: that too where vLLM, offline, has put the Hub's cache."""
+    found = str(Path(model).resolve()) if Path(model).exists() else model
+    cached = SNAPSHOT.search(found)
+    return cached[1].replace("--", "/", 1) if cached else found
 
 
 def _version(distribution: str) -> str | None:

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import ml_dtypes
@@ -406,6 +407,47 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(WrongModel, match=r"edit none.*steer.py:steer 1f"):
         writer.store.describe(msgspec.structs.replace(MODEL, edit="steer.py:steer 1f"))
     writer.close()
+
+
+KNOWN = msgspec.structs.replace(
+    MODEL, custom={"mine": "model.norm.output"}, path="org/m", revision="v1", quantization="none"
+)
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"custom": {"mine": "model.layers.0.output"}}, r"custom .*model\.norm.*model\.layers\.0"),
+        ({"source": "graphs"}, "source nnsight, the worker has graphs"),
+        ({"n_layers": 7}, "n_layers 6, the worker has 7"),
+        ({"path": "org/m-tuned"}, "path org/m, the worker has org/m-tuned"),
+        ({"revision": "v2"}, "revision v1, the worker has v2"),
+        ({"quantization": "fp8"}, "quantization none, the worker has fp8"),
+        ({"points": POINTS[:1], "tokens": "prompt", "versions": {"vllm": "2"}}, None),
+        ({"path": "", "revision": "", "quantization": ""}, None),
+    ],
+)
+def test_a_run_is_gone_on_with_only_where_its_rows_mean_the_same(tmp_path, changed, says):
+    """A point of the same name read elsewhere, or other weights under the same name, are another matter; the points
+    that are recorded may be others, and what one of both does not say is not held against it.
+    """
+    store = Store(Layout(tmp_path / "run"))
+    store.describe(KNOWN)
+    with nullcontext() if says is None else pytest.raises(WrongModel, match=says):
+        store.describe(msgspec.structs.replace(KNOWN, **changed))
+    store.close()
+
+
+def test_a_run_that_was_recorded_before_its_checkpoint_was_noted_is_gone_on_with(tmp_path):
+    Writer(tmp_path).close()
+    path = tmp_path / "run" / "run.json"
+    about = json.loads(path.read_text())
+    for name in ("path", "revision", "quantization"):
+        del about["recorded"][name]
+    path.write_text(json.dumps(about))
+    store = Store(Layout(tmp_path / "run"))
+    store.describe(msgspec.structs.replace(MODEL, path="org/m", revision="v1", quantization="none"))
+    store.close()
 
 
 def test_rows_of_another_model_are_refused(tmp_path):

@@ -145,6 +145,10 @@ def test_workers_that_are_not_alike_are_refused_at_start(tmp_path, stub):
     says = "it has dtype (float32, not bfloat16|bfloat16, not float32) as another has: all must be alike"
     with Running(other_model(tmp_path / "other")) as other, pytest.raises(WrongModel, match=says):
         fleet([stub, other], tmp_path / "data").__enter__()
+    tuned = Stub(tmp_path / "tuned")
+    tuned.engine.vllm_config.model_config.model = "tests/tuned"
+    with Running(tuned) as other, pytest.raises(WrongModel, match="it has path tests/"):
+        fleet([stub, other], tmp_path / "data").__enter__()
     with Running(Stub(tmp_path / "plain"), captures=False) as plain, pytest.raises(WrongModel, match="no worker of"):
         fleet([stub, plain], tmp_path / "data").__enter__()
 

@@ -8,6 +8,7 @@ from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from tests.proxy.test_keys import FOREIGN, HERE
 from tests.stub import MODEL, Running, Stub
 from worker.orders import XARG
+from worker.server import About
 from worker.spool import WRONG
 
 KEY = "worker-key-0123456789"
@@ -129,6 +130,24 @@ def test_a_point_that_the_probe_refused_is_offered_to_no_call(tmp_path):
     assert "attn" not in said["supported_hook_points"] and "mlp" in said["supported_hook_points"]
     assert asked.status_code == 400 and asked.json()["error"]["message"] == "layers.0.attn: scaled"
     assert also.status_code == 400 and "'attn' does not exist" in also.json()["error"]["message"]
+
+
+def test_a_checkpoint_has_one_name_however_it_was_given(stub, tmp_path, monkeypatch):
+    """A directory its whole path; the Hub's its name there, though vLLM, offline, puts the Hub's cache in its place."""
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / "hub" / "models--org--m-7b" / "snapshots" / "1f2e"
+    for directory in (tmp_path / "tuned", cached):
+        directory.mkdir(parents=True)
+    (tmp_path / "latest").symlink_to("tuned")
+    model = stub.stub.engine.vllm_config.model_config
+    for given, known in {
+        "org/m-7b": "org/m-7b",
+        str(cached): "org/m-7b",
+        "tuned": str(tmp_path / "tuned"),
+        str(tmp_path / "latest"): str(tmp_path / "tuned"),
+    }.items():
+        model.model = given
+        assert About(stub.stub.engine.vllm_config).capabilities()["path"] == known
 
 
 def test_a_prompt_with_images_in_it_shares_its_cache_with_nobody(tmp_path):
