@@ -87,6 +87,12 @@ class Layout:
         self.rows = root / "rows.parquet"
         self.lock = root / ".lock"
 
+    def journaled(self) -> Iterator[Path]:
+        """The files that the journal accounts for."""
+        yield from self.root.glob("*.parquet")
+        for directory, pattern in ((self.live, "*/*"), (self.shards, "[!.]*"), (self.foreign, "[!.]*")):
+            yield from directory.glob(pattern)
+
     def live_file(self, thread: str, call: str) -> Path:
         return self.live / thread / f"{call}.safetensors"
 

@@ -37,7 +37,14 @@ NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
 def read_run(layout: Layout) -> Run:
-    """`run.json`; CorruptFile if it is none, WrongFormat names the version of a run that this release does not read."""
+    """`run.json`; CorruptFile if it is none, WrongFormat names the version of a run that this release does not read.
+    BadRun if the journal is missing of which the run's other files are.
+    """
+    if not layout.journal.exists() and (left := next(layout.journaled(), None)):
+        raise BadRun(
+            f"{layout.root} has no journal.jsonl, by which alone its other files mean anything, such as "
+            f"{left.relative_to(layout.root)}: copy the run whole"
+        )
     try:
         fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
         if fields.get("format") != FORMAT:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -478,6 +479,28 @@ def test_what_is_not_a_run_says_so(tmp_path):
     Writer(tmp_path).close()
     with pytest.raises(BadName, match="no call"):
         open_run(tmp_path / "run").call("c9")
+
+
+@pytest.mark.parametrize("kept", ["live", "shards", "foreign", "calls.parquet", "rows.parquet"])
+def test_a_copy_without_its_journal_is_no_empty_run(tmp_path, kept):
+    """It is neither read nor written, which would delete what the journal does not account for."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.commit(writer.call("c4"), foreign=b"{}")
+    if kept != "live":
+        writer.store.seal("e")
+        writer.store.roll()
+    writer.close()
+    copy = Layout(tmp_path / "copy")
+    copy.root.mkdir()
+    for name in ("run.json", kept):
+        path = writer.layout.root / name
+        shutil.copytree(path, copy.root / name) if path.is_dir() else shutil.copy(path, copy.root)
+    files = sorted(copy.root.rglob("*"))
+    for opened in (open_run, lambda root: Store(Layout(root))):
+        with pytest.raises(BadRun, match=rf"no journal\.jsonl.* such as {kept}"):
+            opened(copy.root)
+    assert set(files) <= set(copy.root.rglob("*"))
 
 
 # ---- damage
