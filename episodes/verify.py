@@ -26,6 +26,8 @@ from episodes.tables import CALLS, Index, Roll
 INDEX = "calls.parquet, episodes.parquet"
 # How often to look once more at what seems wrong while a proxy writes.
 AGAIN = 3
+# How much to unpack at once. It may become 32,768 times as much.
+PACKED = 1 << 10
 
 
 def problems(run: Run) -> Iterator[str]:
@@ -121,7 +123,7 @@ def _call_problems(run: Run, call: Call) -> Iterator[str]:
     if call.foreign:
         path = run.layout.foreign_file(call.id)
         try:
-            zstandard.decompress(path.read_bytes())
+            _unpack(path)
         except (OSError, zstandard.ZstdError) as error:
             yield f"{path.relative_to(run.layout.root)}: {error}"
     missing = [(choice, span) for choice, own in spans.items() for span in own if span.owner is None]
@@ -129,6 +131,16 @@ def _call_problems(run: Run, call: Call) -> Iterator[str]:
         yield f"call {call.id}: no activations: {call.lost}"
     for choice, span in missing:
         yield f"call {call.id}, choice {choice}: no rows for positions {span.start} to {span.stop}"
+
+
+def _unpack(path: Path) -> None:
+    """Unpack a file and let go of it piece by piece: a small one may hold any amount. ZstdError if it is not whole."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    with path.open("rb") as file:
+        while packed := file.read(PACKED):
+            frame.decompress(packed)
+    if not frame.eof:
+        raise zstandard.ZstdError("it ends too early")
 
 
 def _episodes_problems(run: Run, again: int, calls: Collection[str] | None = None) -> Iterator[str]:

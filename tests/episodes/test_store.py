@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import tracemalloc
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
@@ -564,6 +565,31 @@ def flip(path: Path, at: int) -> None:
 )
 def test_verify_finds_what_is_damaged(tmp_path, harm, sealed, says):
     assert says in damaged(tmp_path, harm, sealed)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda packed: packed, None),
+        (lambda packed: packed[:-6], "ends too early"),
+        (lambda packed: packed[:9] + b"x" + packed[10:], "foreign/c1.json.zst: "),
+        (lambda packed: b"", "ends too early"),
+    ],
+)
+def test_verify_unpacks_foreign_activations_without_holding_them(tmp_path, harm, says):
+    """A quarter of a gigabyte of zeros in a file of kilobytes does not take a quarter of a gigabyte."""
+    writer = Writer(tmp_path)
+    writer.store.commit(msgspec.structs.replace(writer.call("c1"), points=[]), foreign=bytes(256 << 20))
+    run = writer.close()
+    path = run.layout.foreign_file("c1")
+    path.write_bytes(harm(path.read_bytes()))
+    tracemalloc.start()
+    try:
+        found = list(problems(run))
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert says in found[0] if says else found == []
 
 
 def test_a_flipped_bit_anywhere_in_a_shard_is_found(tmp_path):
