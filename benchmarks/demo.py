@@ -21,7 +21,8 @@ import openai
 from rich.console import Console
 
 from episodes import Run, open_run
-from episodes.commands import console, episodes_overview
+from episodes.commands import episodes_overview
+from episodes.terminal import console
 from episodes.verify import problems
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -100,7 +101,7 @@ def wait_until_ready(url: str, stack: subprocess.Popen[bytes]) -> None:
 def report(run: Run, out: Console) -> int:
     """Print what was recorded; the exit code."""
     found = list(problems(run))
-    out.print(f"\nrecorded in [bold]{run.layout.root}[/bold]\n")
+    out.print(f"\nrecorded in {run.layout.root}\n", style="bold")
     out.print(episodes_overview(run))
     n_kept = sum(call.n_kept for call in run.history.calls.values())
     last = run.call(list(run.history.calls)[-1])

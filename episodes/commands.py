@@ -10,6 +10,7 @@ import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
@@ -18,6 +19,7 @@ from episodes.outline import Outline
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT, Links, find_links, read_results, read_tasks
+from episodes.terminal import console, echo
 from episodes.verify import problems
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -37,7 +39,7 @@ def runs(data: Path) -> None:
         try:
             run = open_run(path)
         except BadRun as error:
-            click.echo(error, err=True)
+            echo(error, err=True)
             continue
         recorded = run.about.recorded
         table.add_row(
@@ -124,7 +126,7 @@ def _show_call(out: Console, call: Call, already: int) -> None:
         _say(out, str(message.get("role")), message)
     repeat = f", attempt {record.attempt} ({record.kind})" if record.attempt else ""
     head = f"{record.thread} {record.role}, turn {record.turn}{repeat}, {record.id}"
-    out.rule(f"[dim]{head}[/dim]", align="left", characters="·")
+    out.rule(Text(head, "dim"), align="left", characters="·")
     reply = parse_object(record.reply.encode()) or {}
     for message in reply_messages(reply):
         _say(out, "assistant", message)
@@ -132,13 +134,13 @@ def _show_call(out: Console, call: Call, already: int) -> None:
         if "text" in choice:
             _say(out, "completion", {"content": choice["text"]})
     if record.status != 200:
-        out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red", markup=False)
+        out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red")
     for sequence in record.sequences:
         spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
         tokens = f"{len(sequence.prompt_token_ids)} + {len(sequence.completion_token_ids)} tokens"
-        out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan", markup=False)
+        out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan")
     if record.lost and (call.missing or not record.sequences):
-        out.print(f"  no activations: {record.lost}", style="red", markup=False)
+        out.print(f"  no activations: {record.lost}", style="red")
 
 
 def _span(source: str | None, span: Any, own: str) -> str:
@@ -149,10 +151,10 @@ def _span(source: str | None, span: Any, own: str) -> str:
 def _say(out: Console, role: str, message: JSON) -> None:
     content = message.get("content")
     text = content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
-    out.print(f"[bold]{role}[/bold]", end=" ")
-    out.print(text, markup=False)
+    out.print(role, style="bold", end=" ")
+    out.print(text)
     for function in objects([call.get("function") for call in objects(message.get("tool_calls"))]):
-        out.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow", markup=False)
+        out.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow")
 
 
 @click.command()
@@ -171,16 +173,16 @@ def seal(run: Path) -> None:
     store = Store(layout)
     try:
         for recovered in store.recovered:
-            click.echo(recovered)
+            echo(recovered)
         for call in store.left:
-            click.echo(f"call {call.id}: {call.error}; recorded with what there is")
+            echo(f"call {call.id}: {call.error}; recorded with what there is")
         try:
             sealed = store.seal_all(DIALECT)
         finally:  # of what could be sealed
             store.roll()
     finally:
         store.close()
-    click.echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
+    echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
 
 
 @click.command()
@@ -242,12 +244,12 @@ def _tasks(tau_bench: Path, env: str | None, split: str) -> dict[int, str]:
 def _report_links(found: Links, n_new: int) -> None:
     """Say what was joined, and all that was not."""
     for result in found.results:
-        click.echo(f"{result.source}: task {result.task_id}, trial {result.trial}: no episode")
+        echo(f"{result.source}: task {result.task_id}, trial {result.trial}: no episode")
     for episode in found.episodes:
-        click.echo(f"episode {episode}: in no results file")
+        echo(f"episode {episode}: in no results file")
     for doubt in found.doubts():
-        click.echo(doubt)
-    click.echo(
+        echo(doubt)
+    echo(
         f"{len(found.links)} results joined, {n_new} of them new or changed; "
         f"{len(found.results)} results without an episode, {len(found.episodes)} episodes without a result"
     )
@@ -264,9 +266,9 @@ def verify(context: click.Context, run: Path) -> None:
     opened = open_run(run)
     found = list(problems(opened))
     for problem in found:
-        click.echo(problem)
+        echo(problem)
     history = opened.outline
-    click.echo(
+    echo(
         f"{len(history.episodes)} episodes, {len(history.calls)} calls, "
         f"{sum(call.n_kept for call in history.calls.values()):,} rows: "
         f"{f'{len(found)} problems' if found else 'all there'}"
@@ -280,14 +282,6 @@ def _table(*columns: str) -> Table:
         words = i == 0 or column in ("status", "model", "points", "created")
         table.add_column(column, justify="left" if words else "right", overflow="fold")
     return table
-
-
-def console() -> Console:
-    """Where commands print. A pipe has no width: there every word is printed."""
-    found = Console(highlight=False)
-    if not found.is_terminal:
-        found.width = 240
-    return found
 
 
 COMMANDS = [runs, episodes, show, seal, link, verify]

@@ -20,6 +20,7 @@ from episodes.access import loopback
 from episodes.errors import BadInput, TautapError
 from episodes.layout import Layout, check_name
 from episodes.records import Role
+from episodes.terminal import echo
 from episodes.wire import Tokens
 from proxy import logs
 from proxy.config import TLS, Config, Limits, Timeouts
@@ -38,7 +39,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except TautapError as error:
-            click.echo(f"tautap {ctx.invoked_subcommand}: {error}", err=True)
+            echo(f"tautap {ctx.invoked_subcommand}: {error}", err=True)
             ctx.exit(2 if isinstance(error, BadInput) else 1)
 
 
@@ -210,7 +211,7 @@ def backfill_command(run: Path, backends: tuple[str, ...], **options: Any) -> No
     config = Config(_backends(backends), data=run.parent, run=run.name, min_free_bytes=0, **options)
     done = asyncio_run(backfill(Layout(run), config))
     for call, reason in done.left.items():
-        click.echo(f"call {call}: {reason}")
+        echo(f"call {call}: {reason}")
     click.echo(f"{done.n_rows:,} rows of {done.n_calls} calls filled, {len(done.left)} calls left without")
     sys.exit(1 if done.left else 0)
 

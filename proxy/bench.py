@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
-from episodes.commands import console
 from episodes.errors import BadInput, TautapError
 from episodes.layout import check_name
 from episodes.tables import Totals
 from episodes.taubench import Score, pass_hat, read_tasks
+from episodes.terminal import console
 from proxy.admin import Client, Joined, Progress
 from proxy.config import Config
 from proxy.flags import (
@@ -378,9 +378,9 @@ def _table(evals: list[Eval]) -> Table:
 def _report(e: Eval) -> None:
     """Print how one ended: what tau-bench found beside what was recorded, and what of either is nobody's."""
     out = console()
-    out.print(f"[bold]{e.run}[/bold]", soft_wrap=True)
+    out.print(e.run, style="bold", soft_wrap=True)
     for line in _lines(e):
-        out.print(f"  {line}", markup=False, soft_wrap=True)
+        out.print(f"  {line}", soft_wrap=True)
     if e.stopped:
         _complain(f"{e.run}: tau-bench was stopped; all it said is in {e.log}")
     elif e.code:
@@ -390,7 +390,7 @@ def _report(e: Eval) -> None:
 
 
 def _complain(text: str) -> None:
-    Console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True)
+    console(err=True).print(text, soft_wrap=True)
 
 
 def _lines(e: Eval) -> Iterator[str]:

@@ -13,8 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.live import Live
 from rich.table import Column, Table
 
-from episodes.commands import console
 from episodes.errors import BadInput, BenchFailed
+from episodes.terminal import console
 from proxy.metrics import PREFIX
 
 ASK_S = 10.0

@@ -17,6 +17,7 @@ import aiohttp
 from rich.console import Console
 
 from episodes.errors import BadInput
+from episodes.terminal import console
 from proxy.config import Config
 from proxy.server import check, serve, stopper
 
@@ -39,7 +40,7 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
     config = replace(config, backend_key=secrets.token_urlsafe(32))
     (backend,) = config.backends
     stop = stopper()
-    console = Console(stderr=True)
+    out = console(err=True)
     log = config.data / config.run / "worker.log"
     if await _healthy(backend):
         raise BadInput(f"something else answers at {backend}: stop it, or give another --worker-port")
@@ -61,10 +62,10 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
         )
     ended = asyncio.create_task(worker.wait())
     try:
-        if not await _loaded(backend, ended, stop, console, log):
-            return _report(worker.returncode, stop, console, log)
+        if not await _loaded(backend, ended, stop, out):
+            return _report(worker.returncode, stop, out, log)
         code = await _with_proxy(config, stop, ended, job)
-        return _report(worker.returncode, stop, console, log) if ended.done() else code
+        return _report(worker.returncode, stop, out, log) if ended.done() else code
     finally:
         await end(worker, ended)
 
@@ -94,19 +95,19 @@ async def _with_proxy(config: Config, stop: asyncio.Event, ended: asyncio.Task[i
     return code
 
 
-async def _loaded(backend: str, ended: asyncio.Task[int], stop: asyncio.Event, console: Console, log: Path) -> bool:
+async def _loaded(backend: str, ended: asyncio.Task[int], stop: asyncio.Event, out: Console) -> bool:
     """Wait until the worker answers, saying what it does meanwhile; False if it ended or we were told to stop."""
     begun = reported = time.monotonic()
-    with console.status("starting the worker") as status:
+    with out.status("starting the worker") as status:
         while not ended.done() and not stop.is_set() and time.monotonic() - begun < READY_S:
             if await _healthy(backend):
-                console.print(f"the worker is ready after {time.monotonic() - begun:.0f} s")
+                out.print(f"the worker is ready after {time.monotonic() - begun:.0f} s")
                 return True
             passed = f"loading the model, {time.monotonic() - begun:.0f} s"
             status.update(passed)
-            if not console.is_terminal and time.monotonic() - reported >= REPORT_S:
+            if not out.is_terminal and time.monotonic() - reported >= REPORT_S:
                 reported = time.monotonic()
-                console.print(passed)
+                out.print(passed)
             await asyncio.sleep(0.25)
     return False
 
@@ -135,14 +136,14 @@ async def greet(config: Config, stop: asyncio.Event) -> int:
     return 0
 
 
-def _report(code: int | None, stop: asyncio.Event, console: Console, log: Path) -> int:
+def _report(code: int | None, stop: asyncio.Event, out: Console, log: Path) -> int:
     """Say how the worker ended, with what it said last unless it was bad input, which is one line."""
     if code is None:
         return 0 if stop.is_set() else 1
     lines = log.read_text(errors="replace").splitlines()
-    console.print("\n".join(lines[-1:] if code == 2 else lines[-20:]), highlight=False, markup=False, soft_wrap=True)
+    out.print("\n".join(lines[-1:] if code == 2 else lines[-20:]), soft_wrap=True)
     if code != 2:
-        console.print(f"the worker ended with exit code {code}; all it said is in {log}", highlight=False)
+        out.print(f"the worker ended with exit code {code}; all it said is in {log}")
     return code if code > 0 else 1
 
 

@@ -731,6 +731,26 @@ def test_what_a_client_sent_is_shown_whatever_it_is(tmp_path, said):
     assert shown.exit_code == 0 and "turn 0, c1" in shown.output
 
 
+def test_what_is_shown_steers_no_terminal(tmp_path):
+    """Whatever a client called its roles, and whatever was said or went wrong."""
+    evil = "x[/nope]\x1b]52;c;aGk=\x07\x9b2J"
+    tools = [{"function": {"name": evil, "arguments": evil}}]
+    request = {"messages": [{"role": evil, "content": evil, "tool_calls": tools}, {"role": "user", "content": [evil]}]}
+    reply = {"choices": [{"message": {"role": "assistant", "content": evil}}, {"text": evil}]}
+    writer = Writer(tmp_path)
+    call = msgspec.structs.replace(
+        writer.call("c1"), request=json.dumps(request), reply=json.dumps(reply), status=500, error=evil, lost=evil
+    )
+    writer.store.commit(call)
+    writer.close()
+    for command in ("show", "verify", "runs", "episodes"):
+        done = invoke(command, tmp_path if command == "runs" else writer.layout.root)
+        assert done.exit_code == (command == "verify")
+        assert all(character == "\n" or character.isprintable() for character in done.output)
+        if command == "show":
+            assert done.output.count("x[/nope]") == 9
+
+
 @pytest.mark.parametrize("text", [b"{", b"[]", b"\xff", b'{"format": "\xff"}', b'{"format": 1}', b"[" * 9999])
 def test_a_run_whose_description_is_damaged_does_not_hide_the_others(tmp_path, text):
     for name in "ab":

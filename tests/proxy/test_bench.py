@@ -73,7 +73,7 @@ def run(config):
             if task == 13:
                 raise ValueError("an odd reply")
             if task == 31:
-                sys.exit("told to end")
+                sys.exit(chr(27) + "[31mtold to end [/nope]")
             if task == 99:
                 threading.Event().wait()
         agent.append({"role": "user", "content": say(customer, config.user_model)})
@@ -270,7 +270,8 @@ def test_a_tau_bench_that_fails_leaves_a_sealed_and_joined_run(start, checkout, 
     process = start(checkout, "--task-ids", "2", "31", "4")
     said, trouble = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "told to end" in trouble and "tau-bench ended with exit code 1" in trouble and "tau-bench.log" in trouble
+    assert "\ntold to end [/nope]\n" in trouble, "a log's colours are left out of what is printed of it"
+    assert "tau-bench ended with exit code 1" in trouble and "tau-bench.log" in trouble
     run = open_run(tmp_path / "data" / "r")
     assert rewards(run) == {(2, 0): 1.0} and "joined: 1 of 1 results" in said
     assert {e.status for e in run.history.episodes.values()} == {"sealed"}

@@ -69,9 +69,9 @@ def test_it_serves_and_stops_both_and_seals(start, tmp_path):
 
 
 def test_a_worker_that_cannot_start_ends_it_with_what_the_worker_said(start):
-    process, _, _ = start("--fail", "a reason")
+    process, _, _ = start("--fail", "a \x1b[31mreason\x1b[0m\x07 [/nope]")
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 1 and "told to fail with a reason" in output and "worker.log" in output
+    assert process.returncode == 1 and "told to fail with a reason [/nope]\n" in output and "worker.log" in output
 
 
 def test_a_worker_that_dies_ends_it(start, tmp_path):
