@@ -47,6 +47,7 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
     await check(config)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)  # it may be a link to anything
         output = log.open("wb")
     except OSError as error:
         raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None

@@ -74,6 +74,17 @@ def test_a_worker_that_cannot_start_ends_it_with_what_the_worker_said(start):
     assert process.returncode == 1 and "told to fail with a reason [/nope]\n" in output and "worker.log" in output
 
 
+def test_a_log_that_was_a_link_is_written_in_its_place(start, tmp_path):
+    """The run may be from elsewhere, and what its files lead to is somebody else's."""
+    mine, log = tmp_path / "mine", tmp_path / "r" / "worker.log"
+    mine.write_text("mine")
+    log.parent.mkdir()
+    log.symlink_to(mine)
+    process, _, _ = start("--fail", "a reason")
+    process.communicate(timeout=30)
+    assert mine.read_text() == "mine" and "a reason" in log.read_text()
+
+
 def test_a_worker_that_dies_ends_it(start, tmp_path):
     process, url, worker_port = start()
     until(lambda: answers(f"{url}/health/ready") or process.poll() is not None, "the stack")
