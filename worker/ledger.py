@@ -25,8 +25,8 @@ from worker.spool import FAILED, PART, WHOLE, spooled
 # A request that was dropped or failed while it was queued never reaches the runner: nothing of it will be spooled.
 ABORT_GRACE_S = 5.0
 RAN = ("stop", "length", "repetition")
-# What the engine's front raises of a request that it does not take, by name: who has no vLLM does without. Any other error
-# may come when the engine has run all of it.
+# What vLLM raises of a request that it does not take, by name, for the stub has no vLLM. Any other error may come when
+# the engine has run all of it.
 NOT_TAKEN = {"VLLMClientError", "GracefulHTTPError", "ValueError"}
 CALL_LIMIT = 10_000
 SWEEP_S = 1.0
