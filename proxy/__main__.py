@@ -208,7 +208,7 @@ def backfill_command(run: Path, backends: tuple[str, ...], **options: Any) -> No
     """
     from proxy.backfill import backfill
 
-    config = Config(_backends(backends), data=run.parent, run=run.name, min_free_bytes=0, **options)
+    config = Config(_backends(backends), data=run.parent, run=run.name, **options)
     done = asyncio_run(backfill(Layout(run), config))
     for call, reason in done.left.items():
         echo(f"call {call}: {reason}")

@@ -12,7 +12,6 @@ import aiohttp
 import msgspec
 
 from episodes.errors import CaptureLost, WorkerFailed
-from episodes.events import EVENT_LIMIT
 from episodes.handover import Recipe, check_room, take
 from episodes.messages import JSON
 from episodes.records import Model
@@ -28,6 +27,8 @@ RETRY_S = 0.5
 METRICS_S = 2.0
 HEALTH_S = 10.0
 CHUNK = 1 << 20
+# Of a reply that is no stream. One with activations in it, as JSON, may have hundreds of MB.
+REPLY_LIMIT = 1 << 30
 
 
 async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
@@ -37,8 +38,8 @@ async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
     pieces, n_bytes = [], 0
     while got := await piece():
         n_bytes += len(got)
-        if n_bytes > EVENT_LIMIT:
-            raise WorkerFailed(f"the worker failed: its reply is longer than {EVENT_LIMIT:,} bytes")
+        if n_bytes > REPLY_LIMIT:
+            raise WorkerFailed(f"the worker failed: its reply is longer than {REPLY_LIMIT:,} bytes")
         pieces.append(got)
     return b"".join(pieces)
 
@@ -76,9 +77,8 @@ class Backend:
         key: str | None = None,
         spool_dir: Path | None = None,
         claim_timeout_s: float = Config.claim_timeout_s,
-        min_free_bytes: int = 0,
     ) -> None:
-        """key, spool_dir, claim_timeout_s, min_free_bytes: as in a Config."""
+        """key, spool_dir, claim_timeout_s: as in a Config."""
         self.address = address
         self.url = Address.parse(address).url
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -89,7 +89,6 @@ class Backend:
         self._patient = aiohttp.ClientTimeout(sock_read=CLAIM_WAIT_S + HEALTH_S, sock_connect=connect_s)
         self._timeout_s = claim_timeout_s
         self._spool_dir = spool_dir
-        self._min_free_bytes = min_free_bytes
         self._in_sight = True
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
@@ -108,7 +107,9 @@ class Backend:
         except (aiohttp.ClientError, TimeoutError):
             return None
         if reply.status in (401, 403):
-            raise WorkerFailed(f"the worker refuses the proxy's key (HTTP {reply.status}): give --backend-key-file")
+            said = _error(body).error.get("message") or "without a word"
+            refused = f"the worker refuses the proxy (HTTP {reply.status}, {said})"
+            raise WorkerFailed(f"{refused}: give --backend-key-file, or another --backend")
         try:
             model = msgspec.json.decode(body, type=Model) if reply.status == 200 else None
         except msgspec.MsgspecError:
@@ -138,29 +139,31 @@ class Backend:
         except (aiohttp.ClientError, TimeoutError, WorkerFailed):
             return b""
 
-    async def claim(self, call: str, into: Path) -> None:
+    async def claim(self, call: str, into: Path, min_free_bytes: int = 0, timeout_s: float | None = None) -> None:
         """Make a file of a call's activations; CaptureLost, with the reason, if they cannot be had. OSError if the disk
-        does not take them or has too little left then: the worker keeps them.
+        does not take them, or would have less than min_free_bytes left: the worker keeps them.
+
+        timeout_s: another than the Config's
         """
         async with self._slots:
-            await self._claim(call, into)
+            await self._claim(call, into, min_free_bytes, timeout_s or self._timeout_s)
 
-    async def _claim(self, call: str, into: Path) -> None:
+    async def _claim(self, call: str, into: Path, min_free_bytes: int, timeout_s: float) -> None:
         trouble = "the worker did not answer"
         try:
-            async with asyncio.timeout(self._timeout_s) as clock:
+            async with asyncio.timeout(timeout_s) as clock:
                 deadline = clock.when()
                 while True:
                     clock.reschedule(deadline)
                     try:
-                        if await self._fetch(call, into, clock):
+                        if await self._fetch(call, into, min_free_bytes, clock):
                             return
                         trouble = "the worker had not finished it"
                     except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
                         trouble = f"the worker could not be reached: {error or type(error).__name__}"
                         await asyncio.sleep(RETRY_S)
         except TimeoutError:
-            raise CaptureLost(f"not claimed in {self._timeout_s:g} s: {trouble}") from None
+            raise CaptureLost(f"not claimed in {timeout_s:g} s: {trouble}") from None
 
     async def holds(self, call: str) -> bool:
         """Whether the worker knows of a call; False if it does not answer."""
@@ -186,7 +189,7 @@ class Backend:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise CaptureLost(f"the worker could not be reached: {error or type(error).__name__}") from None
 
-    async def _fetch(self, call: str, into: Path, clock: asyncio.Timeout) -> bool:
+    async def _fetch(self, call: str, into: Path, min_free_bytes: int, clock: asyncio.Timeout) -> bool:
         headers = self.headers | {"Accept-Encoding": "identity"}
         url = f"{self.url}/v1/activations/{call}"
         params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
@@ -195,27 +198,25 @@ class Backend:
                 return False
             if reply.status in (404, 410):
                 raise await _refused(reply)
+            if reply.status in (401, 403):
+                raise CaptureLost(f"the worker refuses the proxy (HTTP {reply.status})", ran=False)
             reply.raise_for_status()
             clock.reschedule(None)  # a transfer takes as long as it takes; one that stalls, `_patient` ends
             if reply.content_type == "application/json":
                 recipe = msgspec.json.decode(await whole(reply.content.readany), type=Recipe)
-                return await self._take(recipe, into)
+                return await self._take(recipe, into, min_free_bytes)
             with into.open("wb") as file:
-                await asyncio.to_thread(check_room, into, reply.content_length or 0, self._min_free_bytes)
+                await asyncio.to_thread(check_room, into, reply.content_length or 0, min_free_bytes)
                 async for chunk in reply.content.iter_chunked(CHUNK):
-                    await asyncio.to_thread(self._write, file, chunk, into)
+                    await asyncio.to_thread(_write, file, chunk, into, min_free_bytes)
         return True
 
-    def _write(self, file: BinaryIO, chunk: bytes, into: Path) -> None:
-        check_room(into, len(chunk), self._min_free_bytes)
-        file.write(chunk)
-
-    async def _take(self, recipe: Recipe, into: Path) -> bool:
+    async def _take(self, recipe: Recipe, into: Path, min_free_bytes: int) -> bool:
         """Make the file out of the worker's spool; False, and never tried again, if that is not in sight from here."""
         directory = Path(recipe.directory)
         if self._spool_dir is not None:
             directory = self._spool_dir / directory.name
-        self._in_sight = await asyncio.to_thread(take, recipe, directory, into, self._min_free_bytes)
+        self._in_sight = await asyncio.to_thread(take, recipe, directory, into, min_free_bytes)
         if not self._in_sight:
             level = logging.INFO if self._spool_dir is None else logging.WARNING
             logger.log(level, "%s is not the worker's spool as seen from here: activations come over HTTP", directory)
@@ -260,10 +261,20 @@ class Backend:
             return False
 
 
+def _write(file: BinaryIO, chunk: bytes, into: Path, min_free_bytes: int) -> None:
+    check_room(into, len(chunk), min_free_bytes)
+    file.write(chunk)
+
+
 async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
     """Why a worker gives no activations, and of which tokens."""
+    refusal = _error(await whole(reply.content.readany))
+    said = refusal.error.get("message") or f"HTTP {reply.status}"
+    return CaptureLost(str(said), refusal.sequences, refusal.ran and reply.status != 404)
+
+
+def _error(body: bytes) -> Refusal:
     try:
-        refusal = msgspec.json.decode(await whole(reply.content.readany), type=Refusal)
+        return msgspec.json.decode(body, type=Refusal)
     except msgspec.MsgspecError:
-        return CaptureLost(f"HTTP {reply.status}")
-    return CaptureLost(str(refusal.error.get("message")), refusal.sequences, refusal.ran and reply.status != 404)
+        return Refusal({})

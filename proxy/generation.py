@@ -109,7 +109,7 @@ class Generation:
     async def _may_end(self) -> None:
         """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
         self._tell()
-        if self._in_full:
+        if self._in_full and self._exchange.status == 200:
             self._record()
         await self._recording.may_end(self._exchange.id)
 

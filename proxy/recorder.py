@@ -16,10 +16,9 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,7 +49,8 @@ PENDING_LIMIT = 4096
 SETTLE_S = 30.0
 AGAIN_S = 1.0
 FREE_AGE_S = 0.25
-
+# How long to ask for rows of a call that the worker answered with an error: it mostly has none.
+REFUSED_S = 10.0
 LATE_S = 0.05
 # A client often sends its next call as soon as it has a reply: that one goes first, the work behind the last after it,
 # at every so many seconds, for calls that end soon after each other to be put on disk with one sync.
@@ -307,7 +307,9 @@ class Recording:
         while True:
             last = self._closing.is_set()
             try:
-                claimed = call if holder is None else await self._claim(call, holder)
+                # What is kept free is for this: the calls that are left when the proxy stops.
+                least = 0 if last else self._config.min_free_bytes
+                claimed = call if holder is None else await self._claim(call, holder, least)
                 with self._metrics.commit.time():
                     return await self._put(claimed, foreign)
             except OSError as error:
@@ -321,16 +323,18 @@ class Recording:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), AGAIN_S)
 
-    async def _claim(self, call: Call, holder: Holder) -> Call:
+    async def _claim(self, call: Call, holder: Holder, min_free_bytes: int) -> Call:
         """Fetch a call's activations, unless a proxy before this one has."""
         draft = self._store.draft(call.id)
+        refused = call.status != 200 and call.error is None  # mostly before the engine was given anything
         with self._metrics.claim.time():
             try:
                 if not await asyncio.to_thread(draft.exists):
-                    await self._fetch(call.id, holder, draft)
+                    claim = holder.claim(call.id, draft, min_free_bytes, REFUSED_S if refused else None)
+                    await self._fetch(claim)
             except CaptureLost as error:
-                if not error.ran and call.status != 200 and call.error is None:
-                    return call  # the worker's answer, before it gave the engine anything: nothing is lost
+                if refused and not error.ran:
+                    return call
                 return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
             except TautapError as error:
                 return self._lost(call, str(error))
@@ -339,9 +343,9 @@ class Recording:
                 raise
         return call
 
-    async def _fetch(self, call: str, holder: Holder, into: Path) -> None:
+    async def _fetch(self, claiming: Coroutine[Any, Any, None]) -> None:
         """The claim itself; CaptureLost also if the proxy has no time left for it."""
-        claim = asyncio.create_task(holder.claim(call, into))
+        claim = asyncio.create_task(claiming)
         self._claims.add(claim)
         try:
             await asyncio.wait([claim])

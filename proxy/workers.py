@@ -47,10 +47,7 @@ class Workers:
             upstreams = []
             for address in config.backends:
                 connections = await stack.enter_async_context(session(address, config.timeouts.connect_s))
-                backend = Backend(
-                    address, connections, config.backend_key, config.spool_dir, config.claim_timeout_s,
-                    config.min_free_bytes,
-                )  # fmt: skip
+                backend = Backend(address, connections, config.backend_key, config.spool_dir, config.claim_timeout_s)
                 upstreams.append(Upstream(backend, connections, config.timeouts))
             workers = cls(upstreams)
             if len(upstreams) > 1:
@@ -106,9 +103,9 @@ class Workers:
 
     # ---- what may be with any of them
 
-    async def claim(self, call: str, into: Path) -> None:
+    async def claim(self, call: str, into: Path, min_free_bytes: int = 0, timeout_s: float | None = None) -> None:
         """As `Backend.claim`, of a call that nobody knows the worker of: its proxy died."""
-        await (await self._holder(call)).claim(call, into)
+        await (await self._holder(call)).claim(call, into, min_free_bytes, timeout_s)
 
     async def forget(self, call: str) -> None:
         await asyncio.gather(*(worker.backend.forget(call) for worker in self._fleet.workers))

@@ -165,8 +165,8 @@ def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_pat
     """Every call's rows are lost after it ran; filled, the run is whole and its rows are transformers'."""
     claim = Backend.claim
 
-    async def lose(self, call, into):
-        await claim(self, call, into)
+    async def lose(self, call, into, *limits):
+        await claim(self, call, into, *limits)
         sequences = CallFile(into).sequences
         into.unlink()
         raise CaptureLost("told to lose it", sequences)

@@ -158,7 +158,7 @@ def _check_own(directory: Path) -> None:
     """
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise BadInput(f"{directory} is no directory: delete it, or give another --spool-dir")
+        raise BadInput(f"{directory} is a link or a file, no directory: delete it, or give another --spool-dir")
     if found.st_uid != os.geteuid():
         raise BadInput(f"{directory} belongs to user {found.st_uid}, not to {os.geteuid()}: give another --spool-dir")
     if found.st_mode & 0o022:

@@ -29,14 +29,14 @@ def ask(url, n=1):
     return call
 
 
-def claim(url, calls, tmp_path, **options):
+def claim(url, calls, tmp_path, min_free_bytes=0, **options):
     """The files of these calls, claimed one after the other by one backend."""
 
     async def claiming():
         async with aiohttp.ClientSession(auto_decompress=False) as session:
             backend = Backend(url, session, claim_timeout_s=5, **options)
             for call in calls:
-                await backend.claim(call, tmp_path / call)
+                await backend.claim(call, tmp_path / call, min_free_bytes)
 
     asyncio.run(claiming())
     return [tmp_path / call for call in calls]
@@ -106,9 +106,9 @@ def test_a_claim_ends_where_it_would_leave_the_disk_too_little(tmp_path, send, m
 
     async def claiming(url):
         async with aiohttp.ClientSession() as session:
-            backend = Backend(url, session, claim_timeout_s=5, min_free_bytes=free - (16 << 20))
+            backend = Backend(url, session, claim_timeout_s=5)
             backend._in_sight = False  # as of a spool that is not in sight
-            await backend.claim("c-1", tmp_path / "c-1")
+            await backend.claim("c-1", tmp_path / "c-1", free - (16 << 20))
 
     with Scripted(send) as worker, pytest.raises(OSError, match="--min-free-bytes is"):
         asyncio.run(asyncio.wait_for(claiming(worker.url), 30))
@@ -125,7 +125,7 @@ def test_a_copy_out_of_the_spool_leaves_the_disk_as_much_and_a_link_takes_nothin
 
 
 def test_what_a_worker_says_of_itself_is_not_held_in_memory_without_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(backends, "EVENT_LIMIT", 1 << 20)
+    monkeypatch.setattr(backends, "REPLY_LIMIT", 1 << 20)
 
     async def asking(url):
         async with aiohttp.ClientSession() as session:

@@ -120,9 +120,9 @@ def test_a_reply_ends_after_its_commit_if_that_is_asked_for(stub, tmp_path, stre
 def test_a_worker_is_not_blamed_for_the_time_that_its_calls_are_recorded_in(stub, tmp_path, monkeypatch, stream):
     claim = Backend.claim
 
-    async def slow(self, call, into):
+    async def slow(self, call, into, *limits):
         await asyncio.sleep(1)
-        await claim(self, call, into)
+        await claim(self, call, into, *limits)
 
     monkeypatch.setattr(Backend, "claim", slow)
     with proxy_to(stub.url, tmp_path, durability="sync", timeouts=Timeouts(idle_s=0.5)) as proxy:
@@ -195,6 +195,19 @@ def test_what_is_in_flight_when_the_disk_fills_up_is_recorded_when_there_is_room
     run = proxy.open()
     check_rows(run)
     assert [path.name for path in run.layout.root.rglob(".*")] == [".lock"]
+
+
+def test_what_is_kept_free_takes_the_last_calls_when_the_proxy_stops(stub, small_disk):
+    stub.stub.token_s = 0.05
+    with proxy_to(stub.url, small_disk, min_free_bytes=2 << 20, room_wait_s=0.5) as proxy:
+        talking = threading.Thread(target=converse, args=(proxy.client(), "full", 1))
+        talking.start()
+        until(lambda: (proxy.run_dir / "begun.jsonl").stat().st_size > 0, "the call to have begun")
+        fill(small_disk, leave=1 << 20)
+        talking.join()
+    run = proxy.open()
+    assert run.columns("n_missing", "status").to_pylist() == [{"n_missing": 0, "status": 200}]
+    assert list(problems(run)) == []
 
 
 def test_a_proxy_that_stops_with_its_disk_full_has_named_what_it_could_not_record(stub, small_disk):

@@ -16,7 +16,7 @@ import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from episodes.errors import BadInput, RunLocked, WrongFormat, WrongModel
 from episodes.layout import Layout
@@ -33,6 +33,7 @@ from servers import healthy
 from tests.conftest import free_port, proxy_to, until
 from tests.stub import BLOCK, HIDDEN, MODEL, POINTS, Running, Stub, render, rows
 from worker.ledger import ABORT_GRACE_S
+from worker.server import Routes
 
 SYSTEM = {"role": "system", "content": "You are a clerk. " * 10}
 
@@ -357,6 +358,25 @@ def test_a_call_that_the_worker_refuses_costs_the_others_nothing(stub, proxy, ht
     assert first.n_kept > 100 and third.n_kept < BLOCK
 
 
+@pytest.mark.parametrize("status", [401, 503])
+def test_an_error_reply_waits_for_no_claim(tmp_path, http, monkeypatch, status):
+    """Not with `--durability sync` either: it has mostly no rows, as a worker that refuses the proxy says at once, and
+    one behind a gateway not at all.
+    """
+
+    async def refuse(routes, request):
+        return Response(status_code=status)
+
+    monkeypatch.setattr("proxy.recorder.REFUSED_S", 1.0)
+    monkeypatch.setattr(Routes, "claim", refuse)
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    with Running(Stub(tmp_path / "spool")) as stub, proxy_to(stub.url, tmp_path, durability="sync") as proxy:
+        stub.stub.faults = ["500"]
+        assert http.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=0.8).status_code == 500
+        (call,) = committed(proxy, 1).history.calls.values()
+    assert call.lost is None if status == 401 else call.lost.startswith("not claimed in 1 s: the worker could not be")
+
+
 def test_a_stream_that_says_that_it_failed_is_recorded_as_failed(stub, proxy, http):
     """vLLM ends it as any other, with status 200. Sent again it is the same turn."""
     stub.stub.faults = ["error"]
@@ -537,7 +557,7 @@ def test_the_command_drains_and_seals_on_sigterm(stub, tmp_path):
 def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path, monkeypatch):
     """For a claim that never comes: the call is recorded as one without rows, and its episode left for another."""
 
-    async def never(self, call, into):
+    async def never(self, call, into, *limits):
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Backend, "claim", never)
@@ -563,11 +583,11 @@ def _statuses(data, *names):
 def test_a_claim_that_hangs_keeps_no_other_run_from_being_sealed(stub, tmp_path, monkeypatch):
     claim, hung = Backend.claim, []
 
-    async def first_hangs(self, call, into):
+    async def first_hangs(self, call, into, *limits):
         if not hung:
             hung.append(call)
             await asyncio.Event().wait()
-        await claim(self, call, into)
+        await claim(self, call, into, *limits)
 
     monkeypatch.setattr(Backend, "claim", first_hangs)
     with proxy_to(stub.url, tmp_path, drain_s=0.5) as proxy:

@@ -93,7 +93,7 @@ def calls(proxy, n=1):
 
 def test_a_reply_in_one_piece_that_does_not_end_is_a_502(worker, scripted, http, monkeypatch):
     """It is held in memory until it is whole, and the call's record says what became of it."""
-    monkeypatch.setattr("proxy.backend.EVENT_LIMIT", 1 << 20)
+    monkeypatch.setattr("proxy.backend.REPLY_LIMIT", 1 << 20)
 
     async def script(came, out):
         out.write(head("application/json", None))

@@ -136,7 +136,7 @@ def hostile(tmp_path, monkeypatch):
     home = tmp_path / "mine"
     home.mkdir()
     for name in ("worker", "proxy", "episodes", "msgspec", "vllm"):
-        (home / f"{name}.py").write_text("raise SystemExit('the user's own')")
+        (home / f"{name}.py").write_text("raise SystemExit('not ours')")
     monkeypatch.chdir(home)
     return home
 
@@ -247,7 +247,7 @@ def test_a_spool_that_is_a_link_or_a_file_is_refused(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "none")
     (tmp_path / "file").touch()
     for name in ("link", "nowhere", "file"):
-        with pytest.raises(BadInput, match="is no directory: delete it"):
+        with pytest.raises(BadInput, match="is a link or a file, no directory: delete it"):
             prepare(tmp_path / name)
     assert not list((tmp_path / "mine").iterdir()) and not (tmp_path / "none").exists()
 

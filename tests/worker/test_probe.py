@@ -49,6 +49,17 @@ class Second(Block):
         return super().forward(positions, hidden_states if residual is None else residual, None)
 
 
+class Apart(Block):
+    """As Llama's, but for its first module, which is given one part of the stream alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Dropout(0)
+
+    def forward(self, positions, hidden_states, residual):
+        return super().forward(positions, self.scale(hidden_states), residual)
+
+
 class Scaled(Block):
     """As Granite's: what is added is scaled outside of the modules."""
 
@@ -139,6 +150,7 @@ def probed(kind, custom=None):
         (Block, [], ""),
         (Paired, [], ""),
         (Whole, [], ""),
+        (Apart, ["input", "output", "attn", "mlp"], "Model: layer 1 does not begin with layers."),
         (Second, ["input", "output", "attn", "mlp"], "Model: layer 1 does not begin with layers."),
         (Scaled, ["attn", "mlp"], "attn and mlp are not what joins the residual stream at layer 0"),
         (Half, ["attn", "mlp"], "attn and mlp are not what joins the residual stream at layer 0"),
