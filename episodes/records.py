@@ -16,14 +16,15 @@ Name = Annotated[str, msgspec.Meta(pattern=rf"\A{NAME.pattern}\Z")]
 
 # What two models agree in whose rows may stand for each other's; the latter as far as both say it.
 ALIKE = ("model", "dtype", "hidden_size", "n_layers", "edit", "source", "custom")
-ALIKE_IF_KNOWN = ("path", "revision", "quantization")
+ALIKE_IF_KNOWN = ("checkpoint", "revision", "quantization")
 
 
 class Model(msgspec.Struct, frozen=True):
     """What a worker says of itself in `/v1/capabilities`, as far as a run keeps it. dtype is the engine's (`bfloat16`);
     points and tokens are the default ones, custom the hooks that the user named, as in `episodes.points.Points`. edit:
-    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`. path, revision, quantization:
-    of the checkpoint, empty where they are not known.
+    the user's intervention that the rows were computed under, `steer.py:steer <sha256>`. checkpoint: its name on the
+    Hub, or its directory's and what is in it, `tuned <sha256>`, wherever that lies; revision, quantization: its own.
+    Empty where they are not known.
     """
 
     model: str
@@ -36,7 +37,7 @@ class Model(msgspec.Struct, frozen=True):
     tokens: Tokens = "all"
     source: CaptureSource = "nnsight"
     edit: str = ""
-    path: str = ""
+    checkpoint: str = ""
     revision: str = ""
     quantization: str = ""
 

@@ -1,6 +1,7 @@
 """The worker's HTTP contract, held against the stub and against the real vLLM worker alike."""
 
 import json
+import re
 import uuid
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_capabilities_describe_what_is_recorded(worker):
     assert about["activation_collection"] is True and about["model"] == worker.model
     assert about["supported_layers"] == list(range(about["n_layers"])) and about["points"]
     assert {"hidden_size", "dtype", "limits", "versions", "max_tokens", "revision"} <= set(about)
-    assert about["path"] and about["quantization"] == "none"
+    assert re.fullmatch(r"[^ ]+( [0-9a-f]{16})?", about["checkpoint"]) and about["quantization"] == "none"
     capture = new()
     assert worker.ask("Hi", capture).status_code == 200
     file = worker.file(capture.call)

@@ -49,6 +49,9 @@ CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # In an Accept-Encoding, unless its weight is nought.
 ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+# Out of the middle of a file of weights: all that is trained changes it, and to read all of it would take minutes.
+GLIMPSE = 64 << 10
 # What tells of a browser, and of whose page it shows.
 SENT_FROM = (b"host", b"origin", b"sec-fetch-site")
 KINDS = {
@@ -246,7 +249,7 @@ class About:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.max_tokens = int(model.max_model_len)
         self.edit = _named(self.config.edit)
-        self.path = _checkpoint(str(model.model))
+        self.checkpoint = _checkpoint(str(model.model))
         self.revision = str(model.revision or "")
         self.quantization = str(model.quantization or "none")
 
@@ -268,7 +271,7 @@ class About:
             "tokens": self.config.tokens,
             "source": self.config.source,
             "edit": self.edit,
-            "path": self.path,
+            "checkpoint": self.checkpoint,
             "revision": self.revision,
             "quantization": self.quantization,
             "limits": {
@@ -429,10 +432,35 @@ def _named(edit: str) -> str:
 
 
 def _checkpoint(model: str) -> str:
-    """A checkpoint's directory, or its name on the Hub: that too where vLLM, offline, has put the Hub's cache."""
-    found = str(Path(model).resolve()) if Path(model).exists() else model
-    cached = SNAPSHOT.search(found)
-    return cached[1].replace("--", "/", 1) if cached else found
+    """What tells a checkpoint from others, wherever it lies: its name on the Hub, that too where vLLM, offline, has put
+    the Hub's cache; of a directory its name and a fingerprint, its name alone where not all of it can be read.
+    """
+    name = model
+    try:
+        if not Path(model).exists():
+            return name
+        path = Path(model).resolve()
+        if cached := SNAPSHOT.search(str(path)):
+            return cached[1].replace("--", "/", 1)
+        name = path.name
+        return f"{name} {_fingerprint(path)}"
+    except OSError:
+        return name
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """The start of a sha256 over a checkpoint's `config.json` and, of each file of weights, name, size and middle."""
+    files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
+    digest = hashlib.sha256()
+    for path in files:
+        if path.suffix in WEIGHTS and not path.is_dir():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(size - GLIMPSE, 0) // 2)
+                digest.update(f"{path.name} {size}\n".encode() + file.read(GLIMPSE))
+        elif path.name == "config.json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _version(distribution: str) -> str | None:

@@ -412,7 +412,7 @@ def test_another_model_is_refused(tmp_path):
 
 
 KNOWN = msgspec.structs.replace(
-    MODEL, custom={"mine": "model.norm.output"}, path="org/m", revision="v1", quantization="none"
+    MODEL, custom={"mine": "model.norm.output"}, checkpoint="org/m", revision="v1", quantization="none"
 )
 
 
@@ -422,11 +422,11 @@ KNOWN = msgspec.structs.replace(
         ({"custom": {"mine": "model.layers.0.output"}}, r"custom .*model\.norm.*model\.layers\.0"),
         ({"source": "graphs"}, "source nnsight, the worker has graphs"),
         ({"n_layers": 7}, "n_layers 6, the worker has 7"),
-        ({"path": "org/m-tuned"}, "path org/m, the worker has org/m-tuned"),
+        ({"checkpoint": "org/m-tuned"}, "checkpoint org/m, the worker has org/m-tuned"),
         ({"revision": "v2"}, "revision v1, the worker has v2"),
         ({"quantization": "fp8"}, "quantization none, the worker has fp8"),
         ({"points": POINTS[:1], "tokens": "prompt", "versions": {"vllm": "2"}}, None),
-        ({"path": "", "revision": "", "quantization": ""}, None),
+        ({"checkpoint": "", "revision": "", "quantization": ""}, None),
     ],
 )
 def test_a_run_is_gone_on_with_only_where_its_rows_mean_the_same(tmp_path, changed, says):
@@ -444,11 +444,11 @@ def test_a_run_that_was_recorded_before_its_checkpoint_was_noted_is_gone_on_with
     Writer(tmp_path).close()
     path = tmp_path / "run" / "run.json"
     about = json.loads(path.read_text())
-    for name in ("path", "revision", "quantization"):
+    for name in ("checkpoint", "revision", "quantization"):
         del about["recorded"][name]
     path.write_text(json.dumps(about))
     store = Store(Layout(tmp_path / "run"))
-    store.describe(msgspec.structs.replace(MODEL, path="org/m", revision="v1", quantization="none"))
+    store.describe(msgspec.structs.replace(MODEL, checkpoint="org/m", revision="v1", quantization="none"))
     store.close()
 
 

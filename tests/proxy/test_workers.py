@@ -147,7 +147,7 @@ def test_workers_that_are_not_alike_are_refused_at_start(tmp_path, stub):
         fleet([stub, other], tmp_path / "data").__enter__()
     tuned = Stub(tmp_path / "tuned")
     tuned.engine.vllm_config.model_config.model = "tests/tuned"
-    with Running(tuned) as other, pytest.raises(WrongModel, match="it has path tests/"):
+    with Running(tuned) as other, pytest.raises(WrongModel, match="it has checkpoint tests/"):
         fleet([stub, other], tmp_path / "data").__enter__()
     with Running(Stub(tmp_path / "plain"), captures=False) as plain, pytest.raises(WrongModel, match="no worker of"):
         fleet([stub, plain], tmp_path / "data").__enter__()

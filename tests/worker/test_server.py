@@ -1,5 +1,8 @@
 """The worker's middleware: who is let in, and what a client cannot pretend."""
 
+import re
+from pathlib import Path
+
 import httpx
 import msgspec
 import pytest
@@ -132,22 +135,51 @@ def test_a_point_that_the_probe_refused_is_offered_to_no_call(tmp_path):
     assert also.status_code == 400 and "'attn' does not exist" in also.json()["error"]["message"]
 
 
-def test_a_checkpoint_has_one_name_however_it_was_given(stub, tmp_path, monkeypatch):
-    """A directory its whole path; the Hub's its name there, though vLLM, offline, puts the Hub's cache in its place."""
+def known(stub, checkpoint):
+    stub.stub.engine.vllm_config.model_config.model = str(checkpoint)
+    return About(stub.stub.engine.vllm_config).capabilities()["checkpoint"]
+
+
+def checkpoint(path, weights=bytes(200_000)):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    (path / "model.safetensors").write_bytes(weights)
+    return path
+
+
+def test_a_checkpoint_has_one_name_however_it_was_given_and_wherever_it_lies(stub, tmp_path, monkeypatch):
+    """The Hub's its name there, though vLLM, offline, puts the Hub's cache in its place."""
     monkeypatch.chdir(tmp_path)
-    cached = tmp_path / "hub" / "models--org--m-7b" / "snapshots" / "1f2e"
-    for directory in (tmp_path / "tuned", cached):
-        directory.mkdir(parents=True)
+    cached = checkpoint(tmp_path / "hub" / "models--org--m-7b" / "snapshots" / "1f2e")
+    assert known(stub, "org/m-7b") == known(stub, cached) == "org/m-7b"
+    tuned = checkpoint(tmp_path / "tuned")
     (tmp_path / "latest").symlink_to("tuned")
-    model = stub.stub.engine.vllm_config.model_config
-    for given, known in {
-        "org/m-7b": "org/m-7b",
-        str(cached): "org/m-7b",
-        "tuned": str(tmp_path / "tuned"),
-        str(tmp_path / "latest"): str(tmp_path / "tuned"),
-    }.items():
-        model.model = given
-        assert About(stub.stub.engine.vllm_config).capabilities()["path"] == known
+    found = {known(stub, given) for given in ("tuned", tuned, "latest", checkpoint(tmp_path / "elsewhere" / "tuned"))}
+    assert len(found) == 1 and re.fullmatch("tuned [0-9a-f]{16}", found.pop())
+
+
+def test_other_weights_of_the_same_name_are_another_checkpoint(stub, tmp_path):
+    """Of one size too, as a fine-tune's are, and another `config.json` beside the same ones."""
+    middle = bytearray(200_000)
+    middle[100_000] = 1
+    kept, *others = (checkpoint(tmp_path / str(i) / "tuned") for i in range(4))
+    (others[0] / "model.safetensors").write_bytes(middle)
+    (others[1] / "config.json").write_text('{"rope_theta": 1}')
+    (others[2] / "model.safetensors").rename(others[2] / "model.gguf")
+    small = checkpoint(tmp_path / "small" / "tuned", b"1")
+    found = [known(stub, path) for path in (kept, *others, small, small / "model.safetensors")]
+    assert len(set(found)) == 6 and found[5].startswith("model.safetensors ")
+
+
+@pytest.mark.parametrize("fault", ["config.json", "model.safetensors", "x" * 300])
+def test_a_checkpoint_that_cannot_be_read_has_its_name_alone(stub, tmp_path, fault):
+    path = checkpoint(tmp_path / "tuned")
+    if len(fault) > 255:  # longer than a file's name may be
+        path = fault
+    else:
+        (path / fault).unlink()
+        (path / fault).symlink_to(fault)
+    assert known(stub, path) == Path(path).name
 
 
 def test_a_prompt_with_images_in_it_shares_its_cache_with_nobody(tmp_path):
