@@ -24,7 +24,8 @@ OPENING, FIRST, SECOND = [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 8]
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run at data/RUN. EPISODE is an airline task that was passed; of its calls one was lost, one refused, one
-    recorded another point and one nothing. OTHER is the same task failed, and DOUBTFUL may be another one.
+    recorded another point and one nothing. OTHER is the same task failed, with a call whose reply alone was recorded,
+    and DOUBTFUL may be another one.
     """
     (tmp_path / "data").mkdir()
     writer = Writer(tmp_path)
@@ -37,6 +38,7 @@ def run(tmp_path, monkeypatch):
     writer.commit("c7", FIRST, [8, 8], computed=6, episode="EPISODE", points=[POINT])
     writer.commit("d1", OPENING, [9, 9], computed=3, episode="OTHER", points=[POINT])
     writer.commit("d2", SECOND, [7, 7, 7], computed=4, episode="OTHER", points=[POINT])
+    writer.commit("d3", [6, 6], [5, 5], episode="OTHER", points=[POINT], tokens="completion")
     writer.commit("e1", [3], [3], episode="DOUBTFUL", points=[POINT])
     writer.commit("f1", [4], [4], episode="UNLINKED", points=[POINT])
     for episode in ("EPISODE", "OTHER", "DOUBTFUL"):
@@ -96,17 +98,26 @@ def test_the_api_reads_it_too_and_tells_of_what_was_lost(run, capsys):
 
 def test_the_recipes_take_the_rows_that_they_say(run):
     scope = {}
-    for block in BLOCKS[:4]:
+    for block in BLOCKS[1:4]:
         exec(block, scope)
     prompts = [OPENING, FIRST, OPENING, SECOND]
     assert {x.dtype.name for x in scope["X"]} == {"float32"}
     assert np.array_equal(scope["X"], [expected(tokens, POINT)[-1] for tokens in prompts])
     assert scope["y"] == [True, True, False, False] and set(scope["tasks"]) == {("airline", "1")}
     assert torch.equal(scope["tensor"], torch.tensor(scope["reply"].astype(np.float32)).bfloat16())
-    assert np.array_equal(scope["reply"], expected([*SECOND, 7, 7], POINT)[-2:])
+    assert np.array_equal(scope["reply"], expected([*OPENING, 5, 6], POINT)[-2:])
     labels = {row["episode"]: row["label"] for row in scope["labelled"].to_pylist()}
     assert labels == {"EPISODE": True, "OTHER": True, "DOUBTFUL": None, "UNLINKED": None}
-    assert scope["calls"].num_rows == scope["run"].calls.num_rows == 11
+    assert scope["calls"].num_rows == scope["run"].calls.num_rows == 12
+
+
+def test_the_last_recipe_needs_the_api_alone(run):
+    """And not the call that a loop above it happened to end with."""
+    scope = {}
+    exec(BLOCKS[1], scope)
+    scope["call"] = None
+    exec(BLOCKS[3], scope)
+    assert scope["call"].record.id == "c1" and len(scope["reply"]) == 2
 
 
 def test_a_row_is_its_first_callers_and_a_replys_last_token_the_next_calls(run):
