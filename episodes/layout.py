@@ -18,12 +18,13 @@ A call with the role `backfill` is nobody's request: it stores rows that another
 
 **Shard columns**: `call` `thread` `role` string, `turn` `attempt` int32, `choice` int16, `position` `token_id` int32,
 `phase` (`prompt` or `completion`), then one column per point, fixed_size_binary(itemsize · hidden): little-endian
-elements, null where that call did not record that point. `role` is the thread's, as in `episodes.records.Role`. `phase`
-tells whether the token stood in the prompt of the call that computed the row, so a reply's last token, which the next
-call feeds in, is `prompt` there. Field metadata: `dtype` (`bfloat16`, `float16`, `float32`)
-and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements per point. Rows are in the order of the
-journal, then choice, then position; row groups hold at most 4,096 rows; pages carry checksums; vectors have neither
-dictionary nor statistics and are compressed with zstd level 1 unless the run says `none`.
+elements, null where that call did not record that point. `role` is the thread's, as in `episodes.records.Role`, or
+`backfill` where such a call stored the row. `phase` tells whether the token stood in the prompt of the call that
+computed the row, so a reply's last token, which the next call feeds in, is `prompt` there. Field metadata: `dtype`
+(`bfloat16`, `float16`, `float32`) and `shape` (`[hidden]`). File metadata `nonfinite`: NaN and infinite elements per
+point. Rows are in the order of the journal, then choice, then position; row groups hold at most 4,096 rows; pages
+carry checksums; vectors have neither dictionary nor statistics and are compressed with zstd level 1 unless the run says
+`none`.
 
 **Which episode.** A call's line names the episode it began in: the one that the client named (`named`), else one of its
 thread's own. A `pair` line moves threads into an episode, any number of times until it is sealed, never after; a

@@ -23,7 +23,7 @@
     linked_by link_tied                          `transcript`, `instruction` or `order`, the weakest; other episodes
                                                  that the result fits as well
     agent_thread user_thread threads tied        tied: other threads that could stand in it as well
-    n_calls n_turns n_prompt n_completion        sums over its calls, without backfills
+    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the last turn, plus 1
     n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's
     started ended shard n_bytes                  shard: its path in the run, null if it has none
 

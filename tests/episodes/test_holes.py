@@ -3,6 +3,7 @@
 import ml_dtypes
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from episodes.errors import CorruptFile
@@ -33,7 +34,9 @@ def run_again(writer, hole, name="b1", points=POINTS, prompt=None):
 
 
 def test_a_call_that_found_lost_rows_in_the_cache_has_a_hole_that_one_re_run_fills(tmp_path):
-    """Only up to the last missing position is run; a second call with the same hole has none afterwards."""
+    """Only up to the last missing position is run; a second call with the same hole has none afterwards. The rows have
+    the role `backfill`, though their thread is an agent's.
+    """
     writer = Writer(tmp_path)
     writer.commit("c1", [1, 2, 3, 4, 5], [6, 7], computed=3)
     writer.commit("c2", [1, 2, 3, 9], [8], computed=3, episode="f")
@@ -54,6 +57,9 @@ def test_a_call_that_found_lost_rows_in_the_cache_has_a_hole_that_one_re_run_fil
         assert list(problems(run)) == []
         assert np.array_equal(run.call("c1").activations(POINTS[0]), expected([1, 2, 3, 4, 5, 6], POINTS[0]))
         assert np.array_equal(run.call("c2").activations(POINTS[1]), expected([1, 2, 3, 9], POINTS[1]))
+    rows = pq.read_table(writer.layout.shard("e"), columns=["role", "thread"]).to_pylist()
+    assert [row["role"] for row in rows] == ["agent"] * 3 + ["backfill"] * 3
+    assert {row["thread"] for row in rows} == {"t-e"}
     writer.close()
 
 
