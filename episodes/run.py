@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from episodes import checkpoint, journal, records
@@ -44,8 +45,9 @@ class Run:
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
         self.layout = layout
         self.about: records.Run = read_run(layout)
-        # An episode's calls are read one after the other. Not of a method, as in `Shard`.
-        self._shard = lru_cache(maxsize=2)(partial(_open_shard, layout))
+        # An episode's calls are read one after the other, each in stretches. Not of a method, as in `Shard`.
+        self._shard = lru_cache(maxsize=2)(lambda episode: Shard(layout.shard(episode)))
+        self._live = lru_cache(maxsize=8)(CallFile)
         self._journal_bytes = journal.size(layout.journal)
         # As it was when the run was opened; None if it cannot be used with the journal of then.
         self.index = Index.of(layout)
@@ -161,15 +163,18 @@ class Run:
         """
         call = self._calls[owner.call]
         try:
-            file = CallFile(self.layout.live_file(call.thread, owner.call))
+            file = self._live(self.layout.live_file(call.thread, owner.call))
             bits(into)[:] = bits(file.rows[file.place(owner.choice, start, stop), file.points.index(point)])
         except FileNotFoundError:  # sealed, by now if not when the run was opened
-            self._read_sealed(owner, start, stop, point, into)
+            try:
+                self._read_sealed(owner, start, stop, point, into)
+            except FileNotFoundError:
+                raise MissingRows(f"{self._home(owner.call)} is not there: move runs whole") from None
 
     def _read_sealed(self, owner: Owner, start: int, stop: int, point: str, into: NDArray[Any]) -> None:
         try:
             self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
-        except (MissingRows, CorruptFile):
+        except (FileNotFoundError, CorruptFile):
             n_bytes = self.layout.journal.stat().st_size
             if n_bytes == self._journal_bytes:
                 raise
@@ -179,6 +184,12 @@ class Run:
             now = Run(self.layout)._calls
             self._calls = {call: now.get(call, entry) for call, entry in self._calls.items()}
             self._shard(self._calls[owner.call].episode).read(owner, start, stop, point, into)
+
+    def _home(self, call: str) -> Path:
+        """The file that should have the rows that a call stored."""
+        entry = self._calls[call]
+        named = self.episodes.filter(pc.field("episode") == entry.episode)["shard"].to_pylist()
+        return self.layout.shard(entry.episode) if any(named) else self.layout.live_file(entry.thread, call)
 
 
 class Call:
@@ -247,7 +258,8 @@ class Call:
         if point not in self.record.points:
             recorded = ", ".join(self.record.points) or f"no points: {self._why_none()}"
             raise UnknownPoint(f"{point}: call {self.record.id} recorded {recorded}")
-        wanted = self._wanted(choice, positions)
+        # Each stretch of a file is read once, however the positions are ordered.
+        wanted, order = np.unique(self._wanted(choice, positions), return_inverse=True)
         parts = list(self._parts(choice, wanted))
         holes = [f"{wanted[a]} to {wanted[b - 1] + 1}" for owner, a, b in parts if owner is None]
         if holes:
@@ -256,6 +268,8 @@ class Call:
         for owner, a, b in parts:
             assert owner is not None
             self.run.read(owner, int(wanted[a]), int(wanted[b - 1]) + 1, point, rows[a:b])
+        if not np.array_equal(order, np.arange(len(rows))):
+            rows = bits(rows)[order].view(rows.dtype)
         return rows
 
     def _wanted(self, choice: int, positions: ArrayLike | None) -> NDArray[Any]:
@@ -266,7 +280,8 @@ class Call:
         given = np.asarray(positions)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise BadInput("positions: give a list of token positions; with a mask, `call.positions()[mask]`")
-        wanted = np.where(given < 0, given + stop, given).astype(np.int64)
+        # What no int64 holds becomes negative, and is none of them.
+        wanted: NDArray[Any] = given.astype(np.int64) + np.where(given < 0, stop, 0)
         outside = given[(wanted < first) | (wanted >= stop)]
         if outside.size:
             has = f"{first} to {stop - 1}" if first < stop else "none"
@@ -292,16 +307,6 @@ class Call:
         dtype = DTYPES[DTYPE_CODES[model.dtype]]
         memory = pa.allocate_buffer(n_rows * model.hidden_size * dtype.itemsize)
         return np.frombuffer(memory, dtype).reshape(n_rows, model.hidden_size)
-
-
-def _open_shard(layout: Layout, episode: str) -> Shard:
-    try:
-        return Shard(layout.shard(episode))
-    except FileNotFoundError:
-        path = layout.shard(episode)
-        raise MissingRows(
-            f"{path} is not there, with the rows of its episode that others share: move runs whole"
-        ) from None
 
 
 def _some(names: list[str]) -> str:

@@ -9,9 +9,9 @@ import pytest
 
 from episodes import tables
 from episodes.errors import BadInput, MissingRows, UnknownPoint
-from episodes.run import open_run
+from episodes.run import Run, open_run
 from episodes.shards import Shard
-from episodes.wire import Sequence
+from episodes.wire import CallFile, Sequence
 from tests.episodes.test_store import POINTS, Writer, expected, talk
 
 C2 = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -42,6 +42,39 @@ def test_some_of_a_calls_rows_are_read_in_the_order_asked_for(run, positions, fo
     """From whichever call stored them: positions 0 to 5 are another's."""
     rows = run.call("c2").activations(POINTS[1], positions=positions)
     assert rows.shape == (len(found), 4) and np.array_equal(rows, expected(C2, POINTS[1])[found])
+
+
+@pytest.mark.parametrize(
+    ("positions", "found"),
+    [
+        (np.array([100, -1, -128], np.int8), [100, 299, 172]),
+        (np.array([255, 0], np.uint8), [255, 0]),
+        (np.array([299, 2**64 - 1], np.uint64), None),
+        (np.array([2**63 + 7], np.uint64), None),
+    ],
+)
+def test_positions_are_numbers_of_any_width(tmp_path, positions, found):
+    """Of a call that is longer than they count, too; of none what no row can be at."""
+    writer = Writer(tmp_path)
+    tokens = list(range(300))
+    writer.commit("c1", tokens, [1], points=POINTS[:1])
+    call = writer.close().call("c1")
+    if found:
+        assert np.array_equal(call.activations(POINTS[0], positions=positions), expected(tokens, POINTS[0])[found])
+    else:
+        with pytest.raises(BadInput, match=f"no row at position {positions[-1]}: it has 0 to 299"):
+            call.activations(POINTS[0], positions=positions)
+
+
+def test_a_file_is_opened_once_and_a_stretch_of_it_read_once_however_positions_are_ordered(run, monkeypatch):
+    """And however scattered they are: to open a file takes longer than to read a row of it."""
+    opened, read = [], []
+    monkeypatch.setattr(CallFile, "_check", lambda file: opened.append(file.path.stem))
+    monkeypatch.setattr(run, "read", lambda *about: read.append(about[:3]) or Run.read(run, *about))
+    rows = run.call("c2").activations(POINTS[0], positions=[7, 0, 4, 2, 6, 0, 3, -2])
+    assert np.array_equal(rows, expected(C2, POINTS[0])[[7, 0, 4, 2, 6, 0, 3, 6]])
+    assert read == [(("c1", 0), 0, 1), (("c1", 0), 2, 5), (("c2", 0), 6, 8)]
+    assert opened in (["c1", "c2"], []), "live, or sealed"
 
 
 def test_no_other_rows_are_read(tmp_path, monkeypatch):
@@ -176,6 +209,20 @@ def test_a_run_may_be_moved_whole_and_of_a_part_the_shard_that_is_not_there_is_n
     with pytest.raises(MissingRows, match=r"elsewhere/shards/e\.parquet is not there"):
         call.activations(POINTS[0])
     assert np.array_equal(call.activations(POINTS[0], positions=[2]), expected([1, 2, 9], POINTS[0])[2:])
+
+
+@pytest.mark.parametrize("rolled", [True, False])
+def test_a_live_file_that_is_not_there_is_named_and_no_shard_that_never_was(tmp_path, rolled):
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.seal("f")
+    if rolled:
+        writer.store.roll()
+    run = writer.close()
+    live = run.layout.live_file("t-e", "c1")
+    live.unlink()
+    with pytest.raises(MissingRows, match=rf"^{live} is not there: move runs whole$"):
+        run.call("c3").activations(POINTS[0])
 
 
 def test_runs_and_calls_say_what_they_are(run):
