@@ -84,6 +84,14 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
+def has_line(path: Path) -> bool:
+    """Whether a journal has a whole line: one that a crash tore is none."""
+    if not path.exists():
+        return False
+    with path.open("rb") as file:
+        return file.readline().endswith(b"\n")
+
+
 def end(path: Path, n_bytes: int) -> int:
     """The CRC-32 of the last of so many bytes of a journal, by which it is told to be the same one."""
     with path.open("rb") as file:

@@ -35,6 +35,7 @@ there is a task, role `warmup`, are in the episode `warmups`.
 **calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`. They are written when the
 proxy stops and by `tautap seal`; the journal is always ahead of them or equal. So is **rows.parquet**, which a writer
 also writes when the journal has grown by much. All three can be deleted at any time: the journal has everything.
+A run whose journal is behind `calls.parquet`, or without a line beside files of calls that never began, is refused.
 
 A page's checksum guards reading; the whole file's CRC-32 is in the journal's seal.
 
@@ -88,11 +89,16 @@ class Layout:
         self.rows = root / "rows.parquet"
         self.lock = root / ".lock"
 
-    def journaled(self) -> Iterator[Path]:
-        """The files that the journal accounts for."""
-        yield from self.root.glob("*.parquet")
-        for directory, pattern in ((self.live, "*/*"), (self.shards, "[!.]*"), (self.foreign, "[!.]*")):
-            yield from directory.glob(pattern)
+    @property
+    def index(self) -> tuple[Path, ...]:
+        """The files that can be made from the journal."""
+        return self.calls, self.episodes, self.rows
+
+    def accounted(self) -> Iterator[Path]:
+        """The files that are there and that a line of the journal has to account for."""
+        yield from self.live.glob("*/[!.]*.safetensors")
+        yield from self.shards.glob("[!.]*.parquet")
+        yield from self.foreign.glob("[!.]*.json.zst")
 
     def live_file(self, thread: str, call: str) -> Path:
         return self.live / thread / f"{call}.safetensors"
@@ -137,8 +143,11 @@ def _make(directory: Path) -> None:
 
 
 def links(directory: Path) -> Iterator[Path]:
-    """The symbolic links in a directory and below it; none is followed."""
-    with suppress(FileNotFoundError), os.scandir(directory) as entries:  # another process may be at work in it
+    """The symbolic links in a directory and below it; none is followed. What may not be looked into is passed over,
+    such as a file system's `lost+found`.
+    """
+    # Not found: another process may be at work in it.
+    with suppress(FileNotFoundError, PermissionError), os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_symlink():
                 yield Path(entry.path)

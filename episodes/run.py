@@ -21,7 +21,7 @@ from episodes.layout import Layout
 from episodes.outline import Outline
 from episodes.rows import Owner, Span
 from episodes.shards import Shard
-from episodes.store import read_run
+from episodes.store import check_journal, read_run
 from episodes.tables import CALLS, Entry, Index, Roll
 from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence, bits
 
@@ -43,6 +43,7 @@ class Run:
     def __init__(self, layout: Layout) -> None:
         if not layout.run.exists():
             raise BadRun(f"{layout.root} is not a run: it has no run.json")
+        check_journal(layout)
         self.layout = layout
         self.about: records.Run = read_run(layout)
         # An episode's calls are read one after the other, each in stretches. Not of a method, as in `Shard`.

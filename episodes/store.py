@@ -17,7 +17,7 @@ import pyarrow as pa
 import zstandard
 
 from episodes import checkpoint, journal
-from episodes.begun import Begun
+from episodes.begun import Begun, left_begun
 from episodes.cast import Cast, Dialect, Group
 from episodes.errors import BadRun, CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import Ranges
@@ -26,7 +26,7 @@ from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
 from episodes.shards import Block, live_blocks, shard_blocks, shard_points, write_shard
-from episodes.tables import Index, Roll, write_index
+from episodes.tables import Index, Roll, stands_for, write_index
 from episodes.wire import DTYPE_CODES, CallFile
 
 # How much the journal may grow before what it adds up to is written down: about three seconds of reading.
@@ -37,14 +37,7 @@ NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
 def read_run(layout: Layout) -> Run:
-    """`run.json`; CorruptFile if it is none, WrongFormat names the version of a run that this release does not read.
-    BadRun if the journal is missing of which the run's other files are.
-    """
-    if not layout.journal.exists() and (left := next(layout.journaled(), None)):
-        raise BadRun(
-            f"{layout.root} has no journal.jsonl, by which alone its other files mean anything, such as "
-            f"{left.relative_to(layout.root)}: copy the run whole"
-        )
+    """`run.json`; CorruptFile if it is none, WrongFormat names the version of a run that this release does not read."""
     try:
         fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
         if fields.get("format") != FORMAT:
@@ -54,13 +47,45 @@ def read_run(layout: Layout) -> Run:
         raise CorruptFile(f"{layout.run}: {error}") from None
 
 
+def check_journal(layout: Layout) -> None:
+    """BadRun if files of the run are there and their journal is not, or not to its end, as in a copy that broke off: a
+    writer would delete what the journal does not account for.
+    """
+    # The index first: of a run that is being written, the journal is never behind it.
+    cut = stands_for(layout) > journal.size(layout.journal)
+    left = layout.calls if cut else _unaccounted(layout)
+    if left is not None:
+        raise BadRun(
+            f"{layout.root} lacks its journal.jsonl, or the end of it, by which alone its other files mean anything, "
+            f"such as {left.relative_to(layout.root)}: copy the run whole"
+        )
+
+
+def _unaccounted(layout: Layout) -> Path | None:
+    """A file that there could not be if the journal was what it is, without a line; None if it has one. A crash leaves
+    files of calls that have begun, and a run without calls has an index.
+    """
+    if journal.has_line(layout.journal):
+        return None
+    files = list(layout.accounted())
+    if not layout.journal.exists():
+        files += filter(Path.exists, layout.index)
+    begun = {call.id for call in left_begun(layout.begun)}
+    left = [path for path in files if path.name.removesuffix(".safetensors").removesuffix(".json.zst") not in begun]
+    # Once more: a call that was recorded meanwhile has begun no longer.
+    return left[0] if left and not journal.has_line(layout.journal) else None
+
+
 class Store:
     """A run that this process writes. Not safe to call from several threads at once."""
 
     def __init__(self, layout: Layout, compression: Literal["zstd", "none"] = "zstd") -> None:
-        """Open a run, making it if it is not there; RunLocked if another process writes it, BadRun if it has links."""
+        """Open a run, making it if it is not there; RunLocked if another process writes it, BadRun if it has links or
+        lacks its journal.
+        """
         for link in links(layout.root):  # before anything is written, which may be elsewhere
             raise BadRun(f"{link} is a symbolic link: a run is written only where it lies; put in what it stands for")
+        check_journal(layout)
         layout.live.mkdir(parents=True, exist_ok=True)
         self.layout = layout
         self._lock = _lock(layout)

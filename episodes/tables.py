@@ -250,6 +250,14 @@ def write_index(roll: Roll, layout: Layout, journal_bytes: int) -> None:
         to_episodes.write_table(roll.episodes().cast(to_episodes.schema))
 
 
+def stands_for(layout: Layout) -> int:
+    """How many bytes of the journal a run's index stands for; 0 if there is none that can be read."""
+    try:
+        return int((pq.read_schema(layout.calls).metadata or {})[JOURNAL_BYTES])
+    except (OSError, KeyError, ValueError, pa.ArrowException):
+        return 0
+
+
 class Index:
     """The tables read back: where each call's line is in the journal, and whose rows its positions have.
 

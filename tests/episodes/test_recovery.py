@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import sys
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -262,7 +263,9 @@ def test_a_run_from_elsewhere_cannot_name_files_outside_of_it(tmp_path, file):
 )
 def test_a_run_with_a_link_in_it_is_not_written(tmp_path, link, target):
     """What recovery would delete there, or a writer write, is somebody else's."""
-    Writer(tmp_path).close()
+    writer = Writer(tmp_path)
+    writer.store.commit(writer.call("c1"))
+    writer.close()
     other, link = tmp_path / "other", tmp_path / "run" / link
     files = [other / "t-x" / "model.safetensors", other / "notes.parquet", other / "notes.json.zst"]
     (other / "t-x").mkdir(parents=True)
@@ -273,7 +276,22 @@ def test_a_run_with_a_link_in_it_is_not_written(tmp_path, link, target):
     with pytest.raises(BadRun, match=f"{link.name} is a symbolic link"):
         Store(Layout(tmp_path / "run"))
     assert [file.read_text() for file in files] == ["mine"] * 3
-    assert open_run(tmp_path / "run").names == []
+    assert open_run(tmp_path / "run").names == ["e"]
+
+
+def test_what_nobody_may_look_into_is_in_no_runs_way(tmp_path, monkeypatch):
+    """Such as `lost+found`, where a run is a whole file system."""
+    Writer(tmp_path).close()
+    (tmp_path / "run" / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def looked(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(path)
+        return scandir(path)
+
+    monkeypatch.setattr("episodes.layout.os.scandir", looked)
+    Writer(tmp_path).close()
 
 
 @pytest.mark.parametrize("left", ["c1 c2 damaged", "c1 c2", "c1"])

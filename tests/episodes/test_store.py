@@ -482,8 +482,18 @@ def test_what_is_not_a_run_says_so(tmp_path):
         open_run(tmp_path / "run").call("c9")
 
 
+def refused(root, left):
+    """Neither read nor written, and nothing written on the way."""
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    for opened in (open_run, lambda root: Store(Layout(root))):
+        with pytest.raises(BadRun, match=rf"lacks its journal\.jsonl.* such as {left}.*: copy the run whole"):
+            opened(root)
+    assert before == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("journal", ["none", "empty", "torn"])
 @pytest.mark.parametrize("kept", ["live", "shards", "foreign", "calls.parquet", "rows.parquet"])
-def test_a_copy_without_its_journal_is_no_empty_run(tmp_path, kept):
+def test_a_copy_without_its_journal_is_no_empty_run(tmp_path, kept, journal):
     """It is neither read nor written, which would delete what the journal does not account for."""
     writer = Writer(tmp_path)
     talk(writer)
@@ -497,11 +507,56 @@ def test_a_copy_without_its_journal_is_no_empty_run(tmp_path, kept):
     for name in ("run.json", kept):
         path = writer.layout.root / name
         shutil.copytree(path, copy.root / name) if path.is_dir() else shutil.copy(path, copy.root)
-    files = sorted(copy.root.rglob("*"))
-    for opened in (open_run, lambda root: Store(Layout(root))):
-        with pytest.raises(BadRun, match=rf"no journal\.jsonl.* such as {kept}"):
-            opened(copy.root)
-    assert set(files) <= set(copy.root.rglob("*"))
+    if journal != "none":
+        copy.journal.write_bytes(writer.layout.journal.read_bytes()[: 30 if journal == "torn" else 0])
+    if kept != "rows.parquet" or journal == "none":
+        refused(copy.root, kept)
+
+
+def test_a_copy_without_the_end_of_its_journal_is_no_run(tmp_path):
+    """Which the index tells: it is never ahead of the journal."""
+    writer = Writer(tmp_path)
+    talk(writer)
+    writer.store.roll()
+    writer.close()
+    layout = writer.layout
+    lines = layout.journal.read_bytes()
+    for n_bytes in (len(lines) - 1, lines.index(b"\n") + 1):
+        layout.journal.write_bytes(lines[:n_bytes])
+        refused(layout.root, "calls.parquet")
+    layout.journal.write_bytes(lines)
+    check_talk(open_run(layout.root))
+
+
+def test_a_directory_of_files_without_a_journal_does_not_become_a_run(tmp_path):
+    """Those of a run; other tables are no concern of it."""
+    root = tmp_path / "r"
+    (root / "shards").mkdir(parents=True)
+    (root / "shards" / "e.parquet").write_bytes(b"")
+    with pytest.raises(BadRun, match=r"such as shards/e\.parquet"):
+        Store(Layout(root))
+    assert [path.name for path in root.iterdir()] == ["shards"]
+    (root / "shards" / "e.parquet").rename(root / "mine.parquet")
+    Store(Layout(root)).close()
+    assert open_run(root).names == []
+
+
+def test_an_empty_journal_is_that_of_a_run_without_calls_or_whose_first_ones_have_begun(tmp_path):
+    """With an index, too, and with what a crash leaves of a call that was not recorded yet."""
+    writer = Writer(tmp_path)
+    writer.store.roll()
+    assert writer.close().names == []
+    writer = Writer(tmp_path)
+    writer.store.begin([writer.call("c1")])
+    writer.commit("c1", [1, 2], [3])
+    rows = writer.layout.live_file("t-e", "c1").read_bytes()
+    writer.store.begin([writer.call("c1")])
+    writer.close()
+    writer.layout.journal.write_bytes(b"")
+    assert open_run(writer.layout.root).names == []
+    writer = Writer(tmp_path)
+    assert [call.id for call in writer.store.left] == ["c1"] and writer.store.draft("c1").read_bytes() == rows
+    writer.close()
 
 
 # ---- damage

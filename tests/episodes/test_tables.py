@@ -118,7 +118,7 @@ def test_an_index_of_another_journal_is_not_used(tmp_path):
     layout.journal.write_bytes(lines.replace(b"c1", b"c9"))
     assert Index.of(layout) is None
     layout.journal.write_bytes(lines[:-2])
-    assert Index.of(layout) is None and open_run(layout.root).names == []
+    assert Index.of(layout) is None
 
 
 @pytest.mark.parametrize("column", CALLS.names)
