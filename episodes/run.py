@@ -48,7 +48,7 @@ class Run:
         self.about: records.Run = read_run(layout)
         # An episode's calls are read one after the other, each in stretches. Not of a method, as in `Shard`.
         self._shard = lru_cache(maxsize=2)(lambda episode: Shard(layout.shard(episode)))
-        self._live = lru_cache(maxsize=8)(CallFile)
+        self._live = lru_cache(maxsize=2)(CallFile)
         self._journal_bytes = journal.size(layout.journal)
         # As it was when the run was opened; None if it cannot be used with the journal of then.
         self.index = Index.of(layout)

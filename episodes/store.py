@@ -51,9 +51,10 @@ def check_journal(layout: Layout) -> None:
     """BadRun if files of the run are there and their journal is not, or not to its end, as in a copy that broke off: a
     writer would delete what the journal does not account for.
     """
-    # The index first: of a run that is being written, the journal is never behind it.
-    cut = stands_for(layout) > journal.size(layout.journal)
-    left = layout.calls if cut else _unaccounted(layout)
+    # These first: of a run that is being written, the journal is never behind them.
+    ends = {layout.calls: stands_for(layout), layout.rows: checkpoint.stands_for(layout)}
+    n_bytes = journal.size(layout.journal)
+    left = next((path for path, end in ends.items() if end > n_bytes), None) or _unaccounted(layout)
     if left is not None:
         raise BadRun(
             f"{layout.root} lacks its journal.jsonl, or the end of it, by which alone its other files mean anything, "

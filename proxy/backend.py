@@ -198,8 +198,6 @@ class Backend:
                 return False
             if reply.status in (404, 410):
                 raise await _refused(reply)
-            if reply.status in (401, 403):
-                raise CaptureLost(f"the worker refuses the proxy (HTTP {reply.status})", ran=False)
             reply.raise_for_status()
             clock.reschedule(None)  # a transfer takes as long as it takes; one that stalls, `_patient` ends
             if reply.content_type == "application/json":

@@ -36,14 +36,18 @@ class Filled:
 
 class Backfill:
     """Fills the holes of a run, one at a time. on_disk: runs work of the store where the store's work is done. salt:
-    what those of its captures begin with, for the next proxy to know them should this process die.
+    what those of its captures begin with, for the next proxy to know them should this process die. min_free_bytes: as
+    in a Config.
     """
 
-    def __init__(self, store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]], salt: str) -> None:
+    def __init__(
+        self, store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]], salt: str, min_free_bytes: int = 0
+    ) -> None:
         self._store = store
         self._workers = workers
         self._on_disk = on_disk
         self._salt = salt
+        self._min_free_bytes = min_free_bytes
 
     async def fill(self, calls: Iterable[Call]) -> Filled:
         """Fill the holes of these calls; what cannot be filled is left, and said."""
@@ -79,7 +83,7 @@ class Backfill:
         started = time.time()
         try:
             await backend.compute(hole.call.model, hole.prompt(edit), capture)
-            await backend.claim(capture.call, draft)
+            await backend.claim(capture.call, draft, self._min_free_bytes)
             filler = hole.filler(capture.call, started, time.time())
             stored: Call = await self._on_disk(self._store.fill, filler, draft)
         finally:

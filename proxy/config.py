@@ -56,7 +56,8 @@ class Config:
     aliases: model names that clients send → names that the worker serves.
     min_free_bytes: while the data's disk has less, new calls wait, `room_wait_s` at most; rows that would leave less
     wait at the worker.
-    durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`).
+    durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`),
+    if it is no error.
     drain_s: how long what is under way may take when the proxy is to stop.
     capture: role → which tokens to record of its calls; the worker's default for those that are not there.
     """

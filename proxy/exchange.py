@@ -43,8 +43,8 @@ class Exchange:
 
     @property
     def claimable(self) -> bool:
-        """Whether the worker may have activations of it, whatever it answered: it may fail after the engine ran."""
-        return self.capture is not None and self.reached
+        """Whether the worker may have activations of it: it may fail after the engine ran, if it lets one in at all."""
+        return self.capture is not None and self.reached and self.status not in (401, 403)
 
     def call(self) -> Call:
         reply = self.reply

@@ -99,7 +99,9 @@ class Recording:
         self._family = store.run.family
         self._start = f"{self._family}{uuid.uuid4().hex[:8]}."
         self._n_lost = 0
-        self._backfill = Backfill(store, workers, self._on_disk, self._start) if config.backfill else None
+        self._backfill: Backfill | None = None
+        if config.backfill:
+            self._backfill = Backfill(store, workers, self._on_disk, self._start, config.min_free_bytes)
         # Those whose model is the run's, and who were asked what they hold for proxies before this one.
         self._greeted: dict[Backend, Model] = {}
         # Threads with calls that are not recorded, and how many; no others.

@@ -138,7 +138,10 @@ class Probe:
 
     def _spoil(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Replace what is handed to a block beside the stream: one that begins with it comes to another end."""
-        given = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+        signature = inspect.signature(type(block).forward)
+        if "residual" not in signature.parameters:
+            return args, kwargs
+        given = signature.bind(block, *args, **kwargs)
         if isinstance(residual := given.arguments.get("residual"), Tensor):
             given.arguments["residual"] = torch.linspace(-1, 1, residual.shape[-1]).to(residual).expand_as(residual)
         return given.args[1:], given.kwargs

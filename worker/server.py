@@ -49,9 +49,10 @@ CALL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # In an Accept-Encoding, unless its weight is nought.
 ZSTD = re.compile(r"(?i)\bzstd\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))")
 SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
-WEIGHTS = (".safetensors", ".bin", ".gguf")
-# Out of the middle of a file of weights: all that is trained changes it, and to read all of it would take minutes.
-GLIMPSE = 64 << 10
+# The files of weights in a checkpoint: the first kind of which there are any.
+WEIGHTS = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
+# How many stretches of a file of weights are looked at, and how large each is: to read all of it would take minutes.
+N_GLIMPSES, GLIMPSE = 256, 4 << 10
 # What tells of a browser, and of whose page it shows.
 SENT_FROM = (b"host", b"origin", b"sec-fetch-site")
 KINDS = {
@@ -433,33 +434,36 @@ def _named(edit: str) -> str:
 
 def _checkpoint(model: str) -> str:
     """What tells a checkpoint from others, wherever it lies: its name on the Hub, that too where vLLM, offline, has put
-    the Hub's cache; of a directory its name and a fingerprint, its name alone where not all of it can be read.
+    the Hub's cache; of a directory, or a file of weights, its name and a fingerprint. Empty where it cannot be read.
     """
-    name = model
     try:
-        if not Path(model).exists():
-            return name
-        path = Path(model).resolve()
+        path = Path(model)
+        if not path.exists():
+            return model
+        if path.is_dir():
+            path = path.resolve()
         if cached := SNAPSHOT.search(str(path)):
             return cached[1].replace("--", "/", 1)
-        name = path.name
-        return f"{name} {_fingerprint(path)}"
+        return f"{path.name} {_fingerprint(path)}"
     except OSError:
-        return name
+        return ""
 
 
 def _fingerprint(checkpoint: Path) -> str:
-    """The start of a sha256 over a checkpoint's `config.json` and, of each file of weights, name, size and middle."""
-    files = sorted(checkpoint.iterdir()) if checkpoint.is_dir() else [checkpoint]
-    digest = hashlib.sha256()
+    """The start of a sha256 over a checkpoint's `config.json` and, of each file of weights, name, size, and stretches
+    from its head to its end: a fine-tune may change a few layers only.
+    """
+    digest, files = hashlib.sha256(), [checkpoint]
+    if checkpoint.is_dir():
+        digest.update((checkpoint / "config.json").read_bytes())
+        files = next(filter(None, (sorted(checkpoint.glob(kind)) for kind in WEIGHTS)), [])
     for path in files:
-        if path.suffix in WEIGHTS and not path.is_dir():
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                file.seek(max(size - GLIMPSE, 0) // 2)
-                digest.update(f"{path.name} {size}\n".encode() + file.read(GLIMPSE))
-        elif path.name == "config.json":
-            digest.update(path.read_bytes())
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb", buffering=0) as file:
+            for n in range(N_GLIMPSES):
+                file.seek(max(size - GLIMPSE, 0) * n // (N_GLIMPSES - 1))
+                digest.update(file.read(GLIMPSE))
     return digest.hexdigest()[:16]
 
 

@@ -1,7 +1,6 @@
 """The worker's middleware: who is let in, and what a client cannot pretend."""
 
 import re
-from pathlib import Path
 
 import httpx
 import msgspec
@@ -160,26 +159,36 @@ def test_a_checkpoint_has_one_name_however_it_was_given_and_wherever_it_lies(stu
 
 def test_other_weights_of_the_same_name_are_another_checkpoint(stub, tmp_path):
     """Of one size too, as a fine-tune's are, and another `config.json` beside the same ones."""
-    middle = bytearray(200_000)
-    middle[100_000] = 1
-    kept, *others = (checkpoint(tmp_path / str(i) / "tuned") for i in range(4))
-    (others[0] / "model.safetensors").write_bytes(middle)
+    tuned = bytearray(2_000_000)
+    tuned[1_900_000:1_910_000] = b"1" * 10_000  # the last layer's alone
+    kept, *others = (checkpoint(tmp_path / str(i) / "tuned", bytes(2_000_000)) for i in range(4))
+    (others[0] / "model.safetensors").write_bytes(tuned)
     (others[1] / "config.json").write_text('{"rope_theta": 1}')
     (others[2] / "model.safetensors").rename(others[2] / "model.gguf")
     small = checkpoint(tmp_path / "small" / "tuned", b"1")
     found = [known(stub, path) for path in (kept, *others, small, small / "model.safetensors")]
     assert len(set(found)) == 6 and found[5].startswith("model.safetensors ")
+    (kept / "training_args.bin").write_text("no weights")
+    (kept / "pytorch_model.bin").write_text("which nobody loads")
+    assert known(stub, kept) == found[0]
+
+
+def test_a_file_of_weights_has_the_name_that_it_was_given_by(stub, tmp_path):
+    """As the Hub's cache links to it."""
+    (tmp_path / "blob").write_bytes(b"weights")
+    (tmp_path / "m.gguf").symlink_to("blob")
+    assert known(stub, tmp_path / "m.gguf").startswith("m.gguf ")
 
 
 @pytest.mark.parametrize("fault", ["config.json", "model.safetensors", "x" * 300])
-def test_a_checkpoint_that_cannot_be_read_has_its_name_alone(stub, tmp_path, fault):
+def test_of_a_checkpoint_that_cannot_be_read_nothing_is_said(stub, tmp_path, fault):
     path = checkpoint(tmp_path / "tuned")
     if len(fault) > 255:  # longer than a file's name may be
         path = fault
     else:
         (path / fault).unlink()
         (path / fault).symlink_to(fault)
-    assert known(stub, path) == Path(path).name
+    assert known(stub, path) == ""
 
 
 def test_a_prompt_with_images_in_it_shares_its_cache_with_nobody(tmp_path):
