@@ -7,6 +7,7 @@ import socket
 import statistics
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import aiohttp
@@ -331,7 +332,10 @@ def test_a_request_that_was_sent_is_not_sent_again(worker, scripted, http):
 
 
 def test_connections_may_come_and_go(worker, scripted):
-    """Clients and a worker that close, or keep, or say that they close: every request is answered, nothing leaks."""
+    """Clients and a worker that close, or keep, or say that they close: every request is answered, nothing leaks. By a
+    502 where a connection was taken just when the worker closed it without a word.
+    """
+    said = Counter()
 
     async def script(came, out):
         n = len(worker.requests) % 3
@@ -348,13 +352,14 @@ def test_connections_may_come_and_go(worker, scripted):
         async with aiohttp.ClientSession(connector=connector) as session:
             for _ in range(20):
                 async with session.post(url, json=BODY) as reply:
-                    assert await reply.read() == REPLY, reply.status
+                    said[reply.status] += 1
+                    assert await reply.read() == REPLY or reply.status == 502
 
     async def clients():
         await asyncio.gather(*(client(i % 2) for i in range(6)))
 
     asyncio.run(clients())
-    assert worker.n_connections > 60
+    assert said[200] + said[502] == 120 and said[502] < 5 and worker.n_connections > 60
     until(lambda: n_open() <= n_before + 10, "the connections' end")
 
 
