@@ -376,17 +376,19 @@ def test_more_than_may_be_in_flight_are_429(worker, tmp_path):
         await good(came, out)
 
     worker.script = script
-    with proxy_to(worker.url, tmp_path / "data", limits=Limits(in_flight=2)) as proxy:
-        first = [threading.Thread(target=proxy.client().chat.completions.create, kwargs=BODY) for _ in range(2)]
+    limits = Limits(in_flight=2)
+    with proxy_to(worker.url, tmp_path / "data", limits=limits) as proxy, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(proxy.client()) for _ in range(3)]
+        first = [threading.Thread(target=client.chat.completions.create, kwargs=BODY) for client in clients[:2]]
         for thread in first:
             thread.start()
         until(lambda: len(worker.requests) == 2, "two requests at the worker")
         with pytest.raises(openai.RateLimitError) as refused:
-            proxy.client().chat.completions.create(**BODY)
+            clients[2].chat.completions.create(**BODY)
         assert refused.value.response.headers["retry-after"] == "1" and "--max-in-flight" in refused.value.message
         assert httpx.get(f"{proxy.url}/health/live").status_code == 200
         script.loop.call_soon_threadsafe(free.set)
-        patient = openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=3)
+        patient = stack.enter_context(openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="x", max_retries=3))
         assert patient.chat.completions.create(**BODY).choices
         for thread in first:
             thread.join()
