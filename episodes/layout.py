@@ -35,7 +35,8 @@ there is a task, role `warmup`, are in the episode `warmups`.
 **calls.parquet** and **episodes.parquet**: see `CALLS` and `EPISODES` in `episodes.tables`. They are written when the
 proxy stops and by `tautap seal`; the journal is always ahead of them or equal. So is **rows.parquet**, which a writer
 also writes when the journal has grown by much. All three can be deleted at any time: the journal has everything.
-A run whose journal is behind `calls.parquet`, or without a line beside files of calls that never began, is refused.
+A run whose journal is behind `calls.parquet` or `rows.parquet`, or without a line beside files of calls that never
+began, is refused.
 
 A page's checksum guards reading; the whole file's CRC-32 is in the journal's seal.
 

@@ -82,15 +82,12 @@ class RecordingRunner(GPUModelRunner):
 
     def capture_model(self) -> Any:
         """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed, and replay one."""
-        if self.config.source != "graphs":
-            return super().capture_model()
-        replay = partial(self._dummy_run, 1, uniform_decode=True)  # every rank takes part
-        if not isinstance(self.source, Graphs):
-            done = super().capture_model()
-            replay()
-            return done
-        done = self.source.record(super().capture_model)
-        self.source.probe(replay)
+        recorded = self.source if isinstance(self.source, Graphs) else None
+        capture = super().capture_model
+        done = recorded.record(capture) if recorded else capture()
+        if self.config.source == "graphs":  # every rank takes part
+            replay = partial(self._dummy_run, 1, uniform_decode=True)
+            recorded.probe(replay) if recorded else replay()
         return done
 
     def _setup_eagle3_aux_hidden_state_outputs(self) -> None:

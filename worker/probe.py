@@ -150,7 +150,7 @@ class Probe:
 
     def same_end(self, other: Probe) -> bool:
         """Whether another pass came to the same `final.output`."""
-        end, its = (probe._seen.get("final.output") for probe in (self, other))
+        end, its = self._seen.get("final.output"), other._seen.get("final.output")
         return end is not None and its is not None and _same(end, its, TOLERANCE[self._dtype])
 
     def _check_whole(self, by_rank: Callable[[Tensor], Tensor]) -> None:
