@@ -82,6 +82,37 @@ class Deadline:
         return self.left_s <= 0
 
 
+class UnderWay:
+    """Calls that are placed and not recorded, and the thread of each."""
+
+    def __init__(self) -> None:
+        self._calls: dict[str, asyncio.Future[None]] = {}
+        self._of_thread: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def __contains__(self, thread: str) -> bool:
+        return thread in self._of_thread
+
+    def begin(self, call: str, thread: str) -> None:
+        """A call is placed."""
+        self._calls[call] = asyncio.get_running_loop().create_future()
+        self._of_thread[thread] += 1
+
+    def end(self, call: str, thread: str) -> None:
+        """It is recorded."""
+        self._calls.pop(call).set_result(None)
+        self._of_thread[thread] -= 1
+        if not self._of_thread[thread]:
+            del self._of_thread[thread]
+
+    async def over(self) -> None:
+        """Wait until all that are under way now are recorded."""
+        if self._calls:
+            await asyncio.wait(self._calls.values())
+
+
 class Recording:
     """One run being written. Store calls run one at a time on a thread of its own, never on the event loop."""
 
@@ -104,10 +135,7 @@ class Recording:
             self._backfill = Backfill(store, workers, self._on_disk, self._start, config.min_free_bytes)
         # Those whose model is the run's, and who were asked what they hold for proxies before this one.
         self._greeted: dict[Backend, Model] = {}
-        # Threads with calls that are not recorded, and how many; no others.
-        self._pending: Counter[str] = Counter()
-        self._settled = asyncio.Event()
-        self._settled.set()
+        self._under_way = UnderWay()
         self._sealing = asyncio.Lock()
         self._touched: dict[str, float] = {}
         self._ending: set[str] = set()
@@ -115,7 +143,8 @@ class Recording:
         # Calls that the disk did not take, and why: they are tried again.
         self._refused: dict[str, str] = {}
         self._claims: set[asyncio.Task[None]] = set()
-        self._forgetting: set[asyncio.Task[None]] = set()
+        # What is left to do about calls that are recorded; nothing waits for it before the end.
+        self._chores: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
         self._free_bytes = 0
         self._looked_at = 0.0
@@ -140,7 +169,7 @@ class Recording:
         left, self._store.left = self._store.left, []
         for call in left:
             logger.warning("call %s: %s", call.id, call.error, extra=logs.about(call))
-            self._expect(call.thread)
+            self._under_way.begin(call.id, call.thread)
             self.record(call, self._workers if call.points else None, {})
 
     @property
@@ -187,7 +216,7 @@ class Recording:
     @property
     def n_in_flight(self) -> int:
         """Calls whose reply is not over."""
-        return sum(self._pending.values()) - self.n_queued
+        return len(self._under_way) - self.n_queued
 
     @property
     def n_queued(self) -> int:
@@ -234,13 +263,8 @@ class Recording:
     ) -> Place:
         """Where a call that begins now belongs; its episode is not sealed until the call is recorded."""
         place = self._cast.place(call, messages, part, episode, retried)
-        self._expect(place.thread)
+        self._under_way.begin(call, place.thread)
         return place
-
-    def _expect(self, thread: str) -> None:
-        """A call of this thread is to be recorded."""
-        self._pending[thread] += 1
-        self._settled.clear()
 
     def begin(self, call: Call) -> None:
         """Note on disk that a call has begun."""
@@ -277,10 +301,12 @@ class Recording:
         try:
             await self._notes.written(call.id)
             call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None)
-            self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
-            logs.recorded(self._store.run.run, call, rows)
+            if rows["missing"] and len(self._under_way) > 1:
+                self._later(self._count_again(call))
+            else:
+                self._count(call, rows)
             if holder is not None:
-                self._forget(call.id, holder)
+                self._later(holder.forget(call.id))
             return None
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
@@ -289,18 +315,22 @@ class Recording:
         finally:
             self._notes.drop(call.id)
             self._refused.pop(call.id, None)
-            self._pending[call.thread] -= 1
-            if not self._pending[call.thread]:
-                del self._pending[call.thread]
+            self._under_way.end(call.id, call.thread)
             self._touched[call.thread] = time.monotonic()
-            if not self._pending:
-                self._settled.set()
 
-    def _forget(self, call: str, holder: Holder) -> None:
-        """Have a worker forget a call. Nothing waits for it: the rows are stored."""
-        task = asyncio.create_task(holder.forget(call))
-        self._forgetting.add(task)
-        task.add_done_callback(self._forgetting.discard)
+    def _later(self, chore: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(chore)
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+
+    async def _count_again(self, call: Call) -> None:
+        """Count a call once the calls that were under way beside it are recorded: the rows it lacks may be theirs."""
+        await self._under_way.over()
+        self._count(call, await self._on_disk(self._rows, call))
+
+    def _count(self, call: Call, rows: Rows) -> None:
+        self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
+        logs.recorded(self._store.run.run, call, rows)
 
     async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None) -> tuple[Call, Rows]:
         """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
@@ -378,11 +408,15 @@ class Recording:
         comes how many of its positions it stored, shares with an earlier call, or lacks.
         """
         call = self._committed(call, foreign)
+        return call, self._rows(call)
+
+    def _rows(self, call: Call) -> Rows:
+        """On the disk's thread: who has the rows of a call that is committed."""
         rows: Rows = Counter()
         for span in chain.from_iterable(self._store.history.spans(call).values()):
             kind = "missing" if span.owner is None else "stored" if span.owner.call == call.id else "shared"
             rows[kind] += span.stop - span.start
-        return call, rows
+        return rows
 
     def _committed(self, call: Call, foreign: bytes | None) -> Call:
         draft = self._store.draft(call.id)
@@ -447,7 +481,7 @@ class Recording:
         return all(self._idle(thread, since) for thread in (*group.threads, *group.tied))
 
     def _idle(self, thread: str, since: float) -> bool:
-        return not self._pending[thread] and self._touched.get(thread, since) <= since
+        return thread not in self._under_way and self._touched.get(thread, since) <= since
 
     def _close(self, group: Group) -> None:
         """Let nothing continue an episode's threads any more: it is to be sealed."""
@@ -466,7 +500,7 @@ class Recording:
         quiet then, and roll the index. The run goes on. Returns what it holds.
         """
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._settled.wait(), SETTLE_S)
+            await asyncio.wait_for(self._under_way.over(), SETTLE_S)
         await self.seal(0)
         await self._on_disk(self._store.roll)
         return await asyncio.to_thread(totals, self._store.layout)
@@ -498,10 +532,10 @@ class Recording:
                 await self._on_disk(self._store.roll)
             except Exception:
                 logger.exception("the index of %s could not be written", self._store.layout.root)
-            if self._forgetting:
-                _, late = await asyncio.wait(self._forgetting, timeout=max(self._deadline.left_s, LATE_S))
-                for forgetting in late:
-                    forgetting.cancel()
+            if self._chores:
+                _, late = await asyncio.wait(self._chores, timeout=max(self._deadline.left_s, LATE_S))
+                for chore in late:
+                    chore.cancel()
         finally:
             await self._notes.close()
             await self._on_disk(self._store.close)

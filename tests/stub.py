@@ -122,11 +122,14 @@ class Engine:
         """One token an output, all choices in step, the rows spooled when the last is out."""
         ids: list[int] = prompt["prompt_token_ids"]
         replies = [list((params.told or answer(ids, i))[: params.max_tokens].encode()) for i in range(params.n)]
-        n_cached = self._n_cached(prompt.get("cache_salt", ""), ids)
+        salt = prompt.get("cache_salt", "")
+        n_cached = self._n_cached(salt, ids)
         step = 0
         try:
             for step in range(max(map(len, replies))):
                 await asyncio.sleep(params.token_s)
+                if not step:
+                    self._cache(salt, ids)
                 outputs = [
                     SimpleNamespace(
                         index=i,
@@ -140,7 +143,7 @@ class Engine:
         finally:  # finished, or dropped by its client: what was computed is spooled either way
             computed = [reply[: step + 1] for reply in replies]
             self._spool(params.extra_args, ids, computed, n_cached)
-            self._cache(prompt.get("cache_salt", ""), ids + computed[0][:-1])
+            self._cache(salt, ids + computed[0][:-1])
 
     def _blocks(self, salt: str, ids: list[int]) -> list[tuple[str, bytes]]:
         """Each whole block by all that it ends."""

@@ -152,6 +152,25 @@ def test_a_prefix_is_computed_once_under_one_salt(worker):
     assert n_cached[0] == n_cached[2] == 0 < n_cached[1] < files[1].sequences[0].n_positions
 
 
+def test_the_prompt_of_a_call_that_is_not_over_is_shared(worker):
+    """So a call may be stored before the one that has its rows."""
+    salt = uuid.uuid4().hex
+    slow, second = new(salt), new(salt)
+    worker.slow()
+    headers = {CAPTURE_HEADER: slow.header()}
+    body = {"model": worker.model, "stream": True, "prompt": FILLER, "max_tokens": 40}
+    with worker.client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
+        lines = reply.iter_lines()
+        while not re.search('"text": ?"[^"]', next(lines)):
+            pass
+        assert worker.ask(FILLER, second, path="/v1/completions").status_code == 200
+        assert "data: [DONE]" in lines
+    files = [worker.file(c.call) for c in (slow, second)]
+    for file in files:
+        check(file)
+    assert files[0].sequences[0].n_cached == 0 < files[1].sequences[0].n_cached
+
+
 def test_calls_without_capture_share_nothing_with_captured_ones(worker):
     worker.ask(FILLER + "x", None)
     capture = new()

@@ -59,6 +59,7 @@ def test_calls_tokens_and_rows_are_counted_as_the_journal_has_them(proxy, metere
     calls = [run.call(call) for call in run.history.calls]
     n_rows = sum(call.record.n_kept for call in calls)
     n_positions = sum(call.record.n_positions for call in calls)
+    until(lambda: metered("rows_total") == n_positions, "each position to be counted")
     assert metered("calls_total", role="agent", status="200") == metered("turns_total") == 3
     assert metered("tokens_total", kind="prompt") == sum(call.record.n_prompt for call in calls)
     assert metered("tokens_total", kind="completion") == sum(call.record.n_completion for call in calls)
@@ -72,6 +73,26 @@ def test_calls_tokens_and_rows_are_counted_as_the_journal_has_them(proxy, metere
     assert metered("episodes_live") == metered("runs") == 1 and metered("disk_free_bytes") > 0
     until(lambda: metered("spool_bytes") == 0, "the worker to forget them")
     assert metered("spool_limit_bytes") > 0
+
+
+def test_rows_of_a_call_that_is_not_over_are_shared_and_not_missing(proxy, stub, metered):
+    """The second call finds the first one's prompt in the cache, and is on disk before it."""
+    stub.stub.token_s = 0.1
+    slow = threading.Thread(target=converse, args=(proxy.client(), "first", 1))
+    slow.start()
+    until(lambda: metered("in_flight") == 1 and stub.stub.engine.cached, "its prompt to be cached")
+    stub.stub.token_s = 0
+    converse(proxy.client(), "second", 1)
+    until(lambda: metered("commit_seconds_count") == 1, "the second call on disk")
+    assert metered("in_flight") == 1
+    (second,) = proxy.open().history.calls
+    assert proxy.open().call(second).missing
+    assert metered("rows_total", kind="missing") == 0
+    slow.join()
+    run = committed(proxy, 2)
+    n_positions = sum(run.call(call).record.n_positions for call in run.history.calls)
+    until(lambda: metered("rows_total") == n_positions, "each position to be counted")
+    assert metered("rows_total", kind="shared") > 0 and metered("rows_total", kind="missing") == 0
 
 
 def test_what_is_under_way_and_what_was_sealed_can_be_seen(proxy, stub, metered, http):
