@@ -12,14 +12,30 @@ from episodes.messages import JSON
 from episodes.records import Call, Role
 from episodes.threads import Place
 from episodes.wire import Capture
-from proxy.metrics import Watch
+
+
+class Watch:
+    """How long a request has kept the proxy itself busy, without the worker's turn."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._since: float | None = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def pause(self) -> None:
+        self._before, self._since = self.seconds, None
+
+    def go_on(self) -> None:
+        self._since = time.perf_counter()
 
 
 @dataclass(slots=True)
 class Exchange:
-    """Times are unix seconds. request_id: what the client knows it by. client: the name of its key.
-
-    reached: whether a worker may have got it.
+    """Times are unix seconds; first_byte: when the reply's body began to come. request_id: what the client knows it by.
+    client: the name of its key. reached: whether a worker may have got it.
     """
 
     id: str

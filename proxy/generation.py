@@ -48,7 +48,6 @@ class Generation:
         try:
             query = request.rel_url.raw_query_string
             async with self._lease.ask("POST", exchange.endpoint, query, headers, body) as reply:
-                exchange.first_byte = time.time()
                 if reply.content_type == "text/event-stream":
                     await self._stream(reply)
                 else:
@@ -62,10 +61,16 @@ class Generation:
                 exchange.status = status(error)
                 raise
             break_off(request)
+        except Exception as error:
+            exchange.error = f"the proxy failed: {error!r}"
+            if not self._reply.prepared:
+                exchange.status = 500
+            raise
         return self._reply
 
     async def _whole(self, upstream: Reply) -> None:
         exchange = self._exchange
+        exchange.first_byte = time.time()
         whole = await upstream.read()
         exchange.watch.go_on()
         whole, exchange.foreign = messages.without_activations(whole)
@@ -83,6 +88,7 @@ class Generation:
         cutter, transcript = Events(), Transcript()
         try:
             while chunk := await upstream.piece():
+                exchange.first_byte = exchange.first_byte or time.time()
                 kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
                 exchange.foreign = transcript.foreign
                 if transcript.done:
@@ -109,9 +115,10 @@ class Generation:
     async def _may_end(self) -> None:
         """Let the conversation go on from this reply, and wait until it may end; NotStored if it must not."""
         self._tell()
+        await self._recording.noted(self._exchange.id)
         if self._in_full and self._exchange.status == 200:
             self._record()
-        await self._recording.may_end(self._exchange.id)
+            await self._recording.recorded(self._exchange.id)
 
     def broken_off(self, why: str) -> None:
         """The exchange was, and that is an error unless the last event had passed: the openai SDK reads no further."""
@@ -122,6 +129,7 @@ class Generation:
         """The call is over, whatever became of it: hand it to the recorder."""
         self._tell()
         self._record()
+        self._recording.ended(self._exchange)
 
     def _tell(self) -> None:
         """Let the conversation go on from this reply, once; from none if the call failed."""
@@ -138,4 +146,4 @@ class Generation:
             self._recorded = True
             exchange = self._exchange
             holder = self._lease.backend if exchange.claimable else None
-            self._recording.record(exchange.call(), holder, exchange.foreign, exchange.watch.seconds)
+            self._recording.record(exchange.call(), holder, exchange.foreign)

@@ -12,6 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from episodes.records import Call
+from proxy.exchange import Exchange
 
 PREFIX = "tautap_proxy_"
 QUICK_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5)
@@ -38,24 +39,6 @@ class Seen(NamedTuple):
     metrics: bytes
 
 
-class Watch:
-    """How long a request has kept the proxy itself busy, without the worker's turn."""
-
-    def __init__(self) -> None:
-        self._before = 0.0
-        self._since: float | None = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
-
-    def pause(self) -> None:
-        self._before, self._since = self.seconds, None
-
-    def go_on(self) -> None:
-        self._since = time.perf_counter()
-
-
 class Metrics:
     """The counters of one proxy, and what it looks up when it is asked (`look_up`)."""
 
@@ -67,7 +50,7 @@ class Metrics:
         self._turns = self._counter("turns", "Turns of agents.")
         tokens = self._counter("tokens", "Tokens of recorded calls.", "kind")
         self._prompt, self._completion = tokens.labels("prompt"), tokens.labels("completion")
-        self._rows = self._counter("rows", "Positions of calls: stored, shared with an earlier call, missing.", "kind")
+        self._rows = self._counter("rows", "Positions of calls as recorded: stored, shared, missing.", "kind")
         self._row_bytes = self._counter("row_bytes", "Bytes of the vectors that were stored.")
         self._failed = self._counter("captures_failed", "Calls whose activations were lost.", "reason")
         self.sealed = self._counter("episodes_sealed", "Episodes sealed.")
@@ -86,22 +69,28 @@ class Metrics:
         """Show under this name what the function says at the time."""
         Gauge(PREFIX + name, said, registry=self._registry).set_function(value)
 
-    def ended(self, call: Call, added_s: float) -> None:
+    def ended(self, call: Exchange) -> None:
         """A call is over, whatever became of it."""
         self._calls(call.role, call.status).inc()
-        self._turns.inc(call.role == "agent" and call.kind == "turn")
-        self._added.observe(added_s)
-        self._whole.observe(max(call.ended - call.started, 0))
+        self._turns.inc(call.role == "agent" and call.place.kind == "turn")
+        self._added.observe(call.watch.seconds)
+        self._whole.observe(max(time.time() - call.started, 0))
         if call.first_byte is not None:
             self._first_byte.observe(max(call.first_byte - call.started, 0))
 
     def recorded(self, call: Call, rows: Mapping[str, int], row_bytes: int) -> None:
-        """A call is on disk. rows: how many of its positions it stored, shares or lacks. row_bytes: of the stored."""
+        """A call is on disk. rows: how many of its positions it stored, shares, lacks, or may yet share (`awaited`: to
+        be counted by `came`). row_bytes: of the stored.
+        """
         self._prompt.inc(call.n_prompt)
         self._completion.inc(call.n_completion)
+        self.came({kind: n_rows for kind, n_rows in rows.items() if kind != "awaited"})
+        self._row_bytes.inc(row_bytes)
+
+    def came(self, rows: Mapping[str, int]) -> None:
+        """What became of so many positions of calls, as in `recorded`."""
         for kind, n_rows in rows.items():
             self._rows.labels(kind).inc(n_rows)
-        self._row_bytes.inc(row_bytes)
 
     def failed(self, reason: str) -> None:
         """The activations of a call were lost. Reasons that differ in numbers alone are one."""

@@ -38,6 +38,7 @@ from proxy import logs
 from proxy.backend import Backend
 from proxy.backfill import Backfill
 from proxy.config import Config
+from proxy.exchange import Exchange
 from proxy.metrics import Metrics
 from proxy.notes import Notes
 from proxy.together import Together
@@ -226,8 +227,10 @@ class Recording:
     @property
     def n_live(self) -> int:
         """Episodes with a call that no shard holds."""
-        # A list, for the disk's thread may add an episode meanwhile.
-        return sum(bool(episode.calls) for episode in list(self._store.history.episodes.values()))
+        # A list, for the disk's thread may add an episode meanwhile. One without an agent is a user's conversation that
+        # is not yet known to belong to an agent's.
+        episodes = list(self._store.history.episodes.values())
+        return sum(any(call.role == "agent" for call in episode.calls) for episode in episodes)
 
     async def room(self) -> None:
         """Wait until one more call can be taken; NotStored, with the reason, if that is not soon."""
@@ -270,41 +273,43 @@ class Recording:
         """Note on disk that a call has begun."""
         self._notes.begin(call)
 
-    async def may_end(self, call: str) -> None:
-        """Wait until a call's reply may end: the call is known of on disk, and if it was given to `record`, it is
-        recorded; NotStored, with the reason, if it cannot be.
+    async def noted(self, call: str) -> None:
+        """Wait until a call is known of on disk; NotStored, with the reason, if it cannot be."""
+        if reason := await self._notes.written(call):
+            raise NotStored(reason)
+
+    async def recorded(self, call: str) -> None:
+        """Wait until a call that was given to `record` just now is recorded; NotStored, with the reason, if it cannot
+        be.
         """
-        recorded = self._tasks.get(call)
-        reason = await self._notes.written(call)
-        if reason is None and recorded is not None:
-            reason = await asyncio.shield(recorded)
-        if reason is not None:
+        if reason := await asyncio.shield(self._tasks[call]):
             raise NotStored(reason)
 
     def replied(self, place: Place, replies: list[JSON]) -> None:
         """The call at `place` is over, for its conversation to go on; no replies if it failed."""
         self._cast.replied(place, replies)
 
-    def record(self, call: Call, holder: Holder | None, foreign: JSON, added_s: float | None = None) -> None:
-        """Take a finished call, whatever became of it. holder: who may have activations of it. added_s: how long the
-        proxy itself was at it; None for a call of a proxy that died.
-        """
-        self._tasks[call.id] = task = asyncio.create_task(self._record(call, holder, foreign, added_s))
-        task.add_done_callback(lambda _: self._tasks.pop(call.id))
+    def ended(self, call: Exchange) -> None:
+        """The client has what it gets of a call."""
+        self._metrics.ended(call)
 
-    async def _record(self, call: Call, holder: Holder | None, foreign: JSON, added_s: float | None) -> str | None:
+    def record(self, call: Call, holder: Holder | None, foreign: JSON) -> None:
+        """Take a finished call, whatever became of it. holder: who may have activations of it."""
+        self._tasks[call.id] = asyncio.create_task(self._record(call, holder, foreign))
+
+    async def _record(self, call: Call, holder: Holder | None, foreign: JSON) -> str | None:
         """Record a call; returns why it is not, if it could not be."""
-        if added_s is not None:
-            self._metrics.ended(call, added_s)
-        if self._config.durability == "async":
-            await asyncio.sleep(-asyncio.get_running_loop().time() % BEHIND_S)
+        over = time.perf_counter()
         try:
+            if self._config.durability == "async":
+                await asyncio.sleep(-asyncio.get_running_loop().time() % BEHIND_S)
             await self._notes.written(call.id)
-            call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None)
+            call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None, over)
             if rows["missing"] and len(self._under_way) > 1:
-                self._later(self._count_again(call))
-            else:
-                self._count(call, rows)
+                rows["awaited"] = rows.pop("missing")
+                self._later(self._count_awaited(call, rows))
+            self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
+            logs.recorded(self._store.run.run, call, rows)
             if holder is not None:
                 self._later(holder.forget(call.id))
             return None
@@ -315,6 +320,7 @@ class Recording:
         finally:
             self._notes.drop(call.id)
             self._refused.pop(call.id, None)
+            del self._tasks[call.id]
             self._under_way.end(call.id, call.thread)
             self._touched[call.thread] = time.monotonic()
 
@@ -323,27 +329,30 @@ class Recording:
         self._chores.add(task)
         task.add_done_callback(self._chores.discard)
 
-    async def _count_again(self, call: Call) -> None:
-        """Count a call once the calls that were under way beside it are recorded: the rows it lacks may be theirs."""
+    async def _count_awaited(self, call: Call, before: Rows) -> None:
+        """Count the rows that a call lacked once the calls that were under way beside it are recorded."""
         await self._under_way.over()
-        self._count(call, await self._on_disk(self._rows, call))
+        rows = await self._on_disk(self._rows, call)
+        self._metrics.came(rows - before)
 
-    def _count(self, call: Call, rows: Rows) -> None:
-        self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
-        logs.recorded(self._store.run.run, call, rows)
-
-    async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None) -> tuple[Call, Rows]:
+    async def _stored(self, call: Call, holder: Holder | None, foreign: bytes | None, over: float) -> tuple[Call, Rows]:
         """Put a call on disk, as `_commit` does. While the disk does not take it, the worker keeps its rows and it is
-        tried again; once more when the proxy stops, then OSError.
+        tried again; once more when the proxy stops, then OSError. over: when its reply was, as `time.perf_counter`.
         """
+        unclaimed, here = holder, over
         while True:
             last = self._closing.is_set()
             try:
                 # What is kept free is for this: the calls that are left when the proxy stops.
                 least = 0 if last else self._config.min_free_bytes
-                claimed = call if holder is None else await self._claim(call, holder, least)
-                with self._metrics.commit.time():
-                    return await self._put(claimed, foreign)
+                if unclaimed is not None:
+                    call = await self._claim(call, unclaimed, least, over)
+                    unclaimed, here = None, time.perf_counter()
+                recorded = await self._put(call, foreign)
+                self._metrics.commit.observe(time.perf_counter() - here)
+                return recorded
+            except CorruptFile as error:
+                call = self._lost(call, str(error))
             except OSError as error:
                 if last:
                     raise
@@ -355,24 +364,24 @@ class Recording:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), AGAIN_S)
 
-    async def _claim(self, call: Call, holder: Holder, min_free_bytes: int) -> Call:
-        """Fetch a call's activations, unless a proxy before this one has."""
+    async def _claim(self, call: Call, holder: Holder, min_free_bytes: int, over: float) -> Call:
+        """Fetch a call's activations, unless a proxy before this one has. over: as in `_stored`."""
         draft = self._store.draft(call.id)
         refused = call.status != 200 and call.error is None  # mostly before the engine was given anything
-        with self._metrics.claim.time():
-            try:
-                if not await asyncio.to_thread(draft.exists):
-                    claim = holder.claim(call.id, draft, min_free_bytes, REFUSED_S if refused else None)
-                    await self._fetch(claim)
-            except CaptureLost as error:
-                if refused and not error.ran:
-                    return call
-                return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
-            except TautapError as error:
-                return self._lost(call, str(error))
-            except BaseException:
-                await asyncio.to_thread(draft.unlink, missing_ok=True)
-                raise
+        try:
+            if not await asyncio.to_thread(draft.exists):
+                claim = holder.claim(call.id, draft, min_free_bytes, REFUSED_S if refused else None)
+                await self._fetch(claim)
+                self._metrics.claim.observe(time.perf_counter() - over)
+        except CaptureLost as error:
+            if call.status != 200 and not error.ran:
+                return call
+            return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
+        except TautapError as error:
+            return self._lost(call, str(error))
+        except BaseException:
+            await asyncio.to_thread(draft.unlink, missing_ok=True)
+            raise
         return call
 
     async def _fetch(self, claiming: Coroutine[Any, Any, None]) -> None:
@@ -404,10 +413,13 @@ class Recording:
         return call, Counter()
 
     def _commit(self, call: Call, foreign: bytes | None) -> tuple[Call, Rows]:
-        """On the disk's thread: commit a call with what was claimed of it, or without it if that is not sound. With it
+        """On the disk's thread: commit a call with what was claimed of it; CorruptFile if that is not sound. With it
         comes how many of its positions it stored, shares with an earlier call, or lacks.
         """
-        call = self._committed(call, foreign)
+        draft = self._store.draft(call.id)
+        if call.lost is not None:
+            draft.unlink(missing_ok=True)
+        call = self._store.commit(call, draft if draft.exists() else None, foreign)
         return call, self._rows(call)
 
     def _rows(self, call: Call) -> Rows:
@@ -417,16 +429,6 @@ class Recording:
             kind = "missing" if span.owner is None else "stored" if span.owner.call == call.id else "shared"
             rows[kind] += span.stop - span.start
         return rows
-
-    def _committed(self, call: Call, foreign: bytes | None) -> Call:
-        draft = self._store.draft(call.id)
-        if call.lost is None and draft.exists():
-            try:
-                return self._store.commit(call, draft, foreign)
-            except CorruptFile as error:
-                call = self._lost(call, str(error))
-        draft.unlink(missing_ok=True)
-        return self._store.commit(call, None, foreign)
 
     async def seal(self, idle_s: float) -> None:
         """Note which threads make up which episode, and seal those where none has a call under way or had one for
@@ -452,8 +454,9 @@ class Recording:
             if self._deadline.over:
                 break
             try:
+                again = self._store.history.episodes[episode].sealed or episode == WARMUPS
                 sealed = await self._on_disk(self._store.seal, episode)
-                self._metrics.sealed.inc(sealed is not None)
+                self._metrics.sealed.inc(sealed is not None and not again)
                 self._ending.discard(episode)
             except Exception:
                 logger.exception("episode %s could not be sealed", episode)

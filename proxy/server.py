@@ -31,10 +31,10 @@ from episodes.store import being_written
 from episodes.wire import GENERATION_PATHS, Capture, Collect
 from proxy import admin, bodies, metrics, openapi
 from proxy.config import TLS, Config
-from proxy.exchange import Exchange
+from proxy.exchange import Exchange, Watch
 from proxy.generation import GONE, STOPPED, Generation
 from proxy.keys import CLIENT, guard, local
-from proxy.metrics import Metrics, Watch
+from proxy.metrics import Metrics
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
 from proxy.refusals import in_openai_shape, refusal
@@ -137,9 +137,12 @@ class Proxy:
         if episode is not None:
             check_name("episode", episode)
         recording = await self._recorder.run(asked.run)
+        watch = Watch()
         await recording.room()
+        watch.pause()  # while the client is at it
         body = await bodies.read(request, self._config.timeouts.idle_s)
-        exchange = self._begin(request, asked.path, body, episode, recording, Watch())
+        watch.go_on()
+        exchange = self._begin(request, asked.path, body, episode, recording, watch)
         lease = self._workers.lease(exchange.place.thread, exchange.place.episode)
         generation = Generation(request, exchange, recording, lease, self._config.durability == "sync")
         try:

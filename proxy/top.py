@@ -116,8 +116,9 @@ def view(url: str, before: Sample, now: Sample) -> Table:
     table = Table("", Column("now", justify="right"), Column("in all", justify="right"), title=url, box=None)
     for said, name, labels, unit in COUNTED:
         total = now.total(name, **labels)
-        per_s = (total - before.total(name, **labels)) / (now.at - before.at)
-        table.add_row(said, f"{per_s / unit:,.1f}/s", f"{total / unit:,.{0 if unit == 1 else 1}f}")
+        new = total - before.total(name, **labels)
+        per_s = "–" if new < 0 else f"{new / (now.at - before.at) / unit:,.1f}/s"  # less: it was started again
+        table.add_row(said, per_s, f"{total / unit:,.{0 if unit == 1 else 1}f}")
     for said, name in TIMED:
         since, never = (name, now, before), (name, now, Sample(0.0, []))
         table.add_row(said, _mean(*since), _mean(*never))
@@ -135,4 +136,4 @@ def _mean(name: str, now: Sample, before: Sample) -> str:
     """Of a histogram of seconds, over what came between."""
     n = now.total(f"{name}_count") - before.total(f"{name}_count")
     seconds = now.total(f"{name}_sum") - before.total(f"{name}_sum")
-    return f"{seconds / n * 1e3:,.1f} ms" if n else "–"
+    return f"{seconds / n * 1e3:,.1f} ms" if n > 0 else "–"

@@ -128,7 +128,6 @@ class Upstream:
             async with asyncio.timeout(None) as clock:
                 patience = Patience(clock, self._timeouts)
                 async with await self._send(method, url, headers, body) as reply:
-                    patience.moved()
                     yield Reply(reply, patience)
         except TimeoutError:
             assert patience is not None

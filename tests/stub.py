@@ -302,8 +302,11 @@ class Stub:
             chunk = {**head, "object": f"{kind}.chunk", "choices": [{"index": index, **said, "finish_reason": reason}]}
             return b"data: " + json.dumps({**chunk, **self.foreign}).encode() + b"\n\n"
 
-        yield event(0, {"role": "assistant", "content": ""}, None)
+        begun = False
         async for output in stream:
+            if not begun:
+                yield event(0, {"role": "assistant", "content": ""}, None)
+            begun = True
             for part in output.outputs:
                 yield event(part.index, {"content": bytes(part.token_ids).decode()}, part.finish_reason)
             if fault == "cut":

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
 
+import httpx
 import msgspec
+import openai
 import pytest
 from click.testing import CliRunner
 
@@ -28,6 +30,7 @@ from episodes.taubench import Result, find_links, read_results, read_tasks
 from episodes.verify import problems
 from tests.conftest import free_port, until
 from tests.player import HI, POLICY, Task, play, simulator_prompt
+from tests.proxy.test_metrics import read
 from tests.stub import MODEL, Running, Stub
 
 ROOT = Path(__file__).parent.parent
@@ -245,6 +248,29 @@ def test_a_role_is_captured_as_it_is_told(tmp_path):
         assert call.tokens == ("last" if call.role == "supervisor" else "all")
     assert rows["user"] == rows["warmup"] == 0 < rows["supervisor"] < rows["agent"]
     assert list(problems(run)) == []
+
+
+def test_episodes_are_counted_as_the_tables_have_them(tmp_path):
+    """Each once, though it goes on after its seal; no user's conversation, and no warm-up."""
+    tasks = [make_task(number, 0, random.Random(number)) for number in range(3)]
+
+    def metered(name):
+        return read(httpx.get(url.replace("/v1", "/metrics")).text, name)
+
+    def seal():
+        return httpx.post(url.replace("/v1", "/tautap/runs/r/seal")).json()
+
+    with Running(Stub(tmp_path / "spool")) as stub, proxy_process(stub.url, tmp_path / "data") as url:
+        play(url, MODEL, tasks)
+        until(lambda: metered("queue") == 0, "all to be recorded")
+        assert metered("episodes_live") == 3
+        assert seal()["n_episodes"] == metered("episodes_sealed_total") == 3 and metered("episodes_live") == 0
+        client = openai.OpenAI(base_url=url.replace("/v1", "/episodes/named/v1"), api_key="x", max_retries=0)
+        for n_episodes in (4, 4):
+            client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Hi"}])
+            until(lambda: metered("queue") == 0, "it to be recorded")
+            assert metered("episodes_live") == 1
+            assert seal()["n_episodes"] == metered("episodes_sealed_total") == n_episodes
 
 
 def test_what_a_killed_proxy_left_is_paired_and_linked(tmp_path):

@@ -1,6 +1,7 @@
 """The proxy and its disk: killed after a reply, full, and told to reply only after the commit."""
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import openai
 import pytest
 
 from episodes.run import open_run
+from episodes.store import Store
 from episodes.verify import problems
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
@@ -114,6 +116,18 @@ def test_a_reply_ends_after_its_commit_if_that_is_asked_for(stub, tmp_path, stre
             run = proxy.open()
             assert len(run.history.calls) == 2 * turns - 1
             check_rows(run)
+
+
+def test_a_call_that_cannot_be_noted_is_recorded_as_what_its_client_got(stub, tmp_path, http, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Store, "begin", full)
+    with proxy_to(stub.url, tmp_path, durability="sync") as proxy:
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 503
+        (call,) = committed(proxy, 1).history.calls.values()
+    assert call.status == 503 and "could not be noted" in call.error
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,5 +1,7 @@
 """What a proxy counts of what it does, as Prometheus would read it."""
 
+import asyncio
+import errno
 import math
 import threading
 from types import SimpleNamespace
@@ -7,6 +9,10 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from episodes.errors import CorruptFile
+from episodes.store import Store
+from episodes.wire import CAPTURE_HEADER, Capture
+from proxy.backend import Backend
 from proxy.metrics import N_REASONS, OTHER, Metrics
 from proxy.recorder import Recording
 from tests.conftest import free_port, proxy_to, until
@@ -44,7 +50,7 @@ def test_episodes_are_counted_while_the_disks_thread_adds_one():
         @property
         def calls(self):
             episodes[str(len(episodes))] = self
-            return ["a call"]
+            return [SimpleNamespace(role="agent")]
 
     episodes["first"] = Episode()
     recording = SimpleNamespace(_store=SimpleNamespace(history=SimpleNamespace(episodes=episodes)))
@@ -86,8 +92,10 @@ def test_rows_of_a_call_that_is_not_over_are_shared_and_not_missing(proxy, stub,
     until(lambda: metered("commit_seconds_count") == 1, "the second call on disk")
     assert metered("in_flight") == 1
     (second,) = proxy.open().history.calls
-    assert proxy.open().call(second).missing
-    assert metered("rows_total", kind="missing") == 0
+    missing = proxy.open().call(second).missing
+    until(lambda: metered("rows_total", kind="stored"), "what it has to be counted")
+    assert missing and metered("rows_total", kind="missing") == metered("rows_total", kind="shared") == 0
+    assert proxy.open().call(second).record.n_positions == metered("rows_total") + missing
     slow.join()
     run = committed(proxy, 2)
     n_positions = sum(run.call(call).record.n_positions for call in run.history.calls)
@@ -105,6 +113,92 @@ def test_what_is_under_way_and_what_was_sealed_can_be_seen(proxy, stub, metered,
     http.post(f"{proxy.url}/tautap/runs/r/seal")
     assert metered("in_flight") == metered("queue") == metered("episodes_live") == 0
     assert metered("episodes_sealed_total") == 1
+
+
+def refuse(monkeypatch, n, corrupt=False):
+    """Have the disk refuse the first n commits. corrupt: and every call file be damaged."""
+    commit, left = Store.commit, iter(range(n))
+
+    def refused(store, call, claim, foreign):
+        if corrupt and claim is not None:
+            raise CorruptFile("a bit fell over")
+        if next(left, None) is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return commit(store, call, claim, foreign)
+
+    monkeypatch.setattr(Store, "commit", refused)
+    monkeypatch.setattr("proxy.recorder.AGAIN_S", 0.1)
+
+
+def test_a_call_is_timed_once_however_often_the_disk_refuses_it(proxy, metered, monkeypatch):
+    """With all the time that it took until it was there."""
+    refuse(monkeypatch, 3)
+    converse(proxy.client(), "refused", 1)
+    until(lambda: metered("rows_total"), "it to be counted")
+    assert metered("claim_seconds_count") == metered("commit_seconds_count") == 1
+    assert metered("commit_seconds_sum") > 0.3 > metered("claim_seconds_sum")
+
+
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_a_capture_is_lost_once_however_often_the_disk_refuses_it(proxy, stub, metered, monkeypatch, corrupt):
+    """That is one reason, and one epoch more. What was never there was not claimed."""
+    refuse(monkeypatch, 3, corrupt)
+    stub.stub.engine.fail_captures = None if corrupt else "no room"
+    converse(proxy.client(), "lost", 1)
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert call.lost == ("a bit fell over" if corrupt else "no room")
+    until(lambda: metered("queue") == 0, "it to be counted")
+    assert (metered("captures_failed_total"), metered("claim_seconds_count")) == (1, corrupt)
+    assert metered("commit_seconds_count") == 1
+    converse(proxy.client(), "next", 1)
+    assert Capture.parse(stub.stub.headers[-1][CAPTURE_HEADER.lower()]).salt.endswith(".1")
+
+
+def slowly(monkeypatch, method, seconds):
+    """Have what a backend or a recording does take so much longer."""
+    of, name = method
+    was = getattr(of, name)
+
+    async def slow(*args):
+        await asyncio.sleep(seconds)
+        return await was(*args)
+
+    monkeypatch.setattr(of, name, slow)
+
+
+def test_what_a_client_waits_for_is_counted(stub, tmp_path, http, monkeypatch):
+    """Room for the call; and with `sync`, that it is recorded. Its body is the client's own doing."""
+    slowly(monkeypatch, (Recording, "room"), 0.3)
+    slowly(monkeypatch, (Backend, "claim"), 0.5)
+    with proxy_to(stub.url, tmp_path, durability="sync") as proxy:
+        metered = Metered(http, proxy)
+        converse(proxy.client(), "held", 1)
+        assert metered("calls_total", status="200") == 1
+        assert metered("added_seconds_sum") > 0.8 and metered("call_seconds_sum") > 0.5
+
+
+def test_a_streams_first_byte_is_one_of_its_body(proxy, stub, metered):
+    """The head says that there will be one, and comes long before it."""
+    stub.stub.token_s = 0.2
+    converse(proxy.client(), "late", 1, stream=True)
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert call.first_byte - call.started > 0.2 and metered("first_byte_seconds_sum") > 0.2
+
+
+def test_no_call_is_under_way_twice_or_less_than_never(proxy, monkeypatch):
+    """Looked at in the turn of the loop in which a call's task ends."""
+    seen, record = [], Recording._record
+
+    async def seen_at_its_end(self, *args):
+        try:
+            return await record(self, *args)
+        finally:
+            asyncio.get_running_loop().call_soon(lambda: seen.append((self.n_in_flight, self.n_queued)))
+
+    monkeypatch.setattr(Recording, "_record", seen_at_its_end)
+    converse(proxy.client(), "seen", 3)
+    until(lambda: len(seen) == 3, "the calls to be recorded")
+    assert seen[-1] == (0, 0) and min(seen) == (0, 0)
 
 
 def test_lost_activations_are_counted_by_reason(proxy, stub, metered):

@@ -26,7 +26,7 @@ def test_warm_ups_are_forgotten_one_by_one_while_tasks_go_on_to_begin(tmp_path):
         times = {"started": 1.0, "ended": 2.0, "status": 200}
         recording.replied(place, [{"role": "assistant", "content": "Hello!"}])
         recording.record(Call(call, **fields, **times, role="warmup", endpoint="/v1", model="m"), None, {})
-        await recording.may_end(call)
+        await recording.recorded(call)
 
     async def main():
         config = Config(("http://127.0.0.1:1",), tmp_path, "r")
@@ -36,10 +36,10 @@ def test_warm_ups_are_forgotten_one_by_one_while_tasks_go_on_to_begin(tmp_path):
             for call in ("c0", "c1"):
                 await end(recording, call, places[call])
             await recording.seal(0)
-            assert (len(recording._cast), recording.n_live) == (1, 1)
+            assert (len(recording._cast), recording._store.history.episodes[WARMUPS].status) == (1, "live")
             await end(recording, "c2", places["c2"])
             await recording.seal(0)
-            assert (len(recording._cast), recording.n_live) == (0, 0)
+            assert (len(recording._cast), recording._store.history.episodes[WARMUPS].status) == (0, "sealed")
             await recording.close()
 
     asyncio.run(main())

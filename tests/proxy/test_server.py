@@ -23,6 +23,7 @@ from episodes.layout import Layout
 from episodes.run import open_run
 from episodes.store import Store, being_written
 from episodes.verify import problems
+from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.__main__ import proxy as command
 from proxy.__main__ import settle
 from proxy.backend import Backend
@@ -441,6 +442,25 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     stub.stub.token_s = 0
     converse(proxy.client(), "next", 1)
     committed(proxy, 2)
+
+
+def test_a_client_that_leaves_before_the_engine_ran_its_call_has_lost_nothing(stub, proxy, http):
+    """As one that waited too long in the worker's queue."""
+    stub.stub.faults = ["silence"]
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]}, timeout=0.3)
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert "client left" in call.error and (call.status, call.lost) == (0, None)
+    check_rows(proxy.open())
+    converse(proxy.client(), "next", 1)
+    assert Capture.parse(stub.stub.headers[-1][CAPTURE_HEADER.lower()]).salt.endswith(".0")
+
+
+def test_a_call_that_nobody_foresaw_is_recorded_as_what_its_client_got(proxy, http, monkeypatch):
+    monkeypatch.setattr("proxy.generation.messages.without_activations", lambda _: 1 / 0)
+    reply = http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]})
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert call.status == reply.status_code == 500 and "division by zero" in call.error
 
 
 class Lingering(Stub):

@@ -37,6 +37,11 @@ async def headers_then_stall(came, out):
     await asyncio.Event().wait()
 
 
+async def head_then_stall(came, out):
+    out.write(head("text/event-stream", None))
+    await asyncio.Event().wait()
+
+
 async def event_then_stall(came, out):
     out.write(head("text/event-stream", None) + chunk(EVENT))
     await asyncio.Event().wait()
@@ -260,6 +265,15 @@ def test_a_stream_that_takes_too_long_breaks_off(worker, tmp_path, http, script,
             http.post(f"{proxy.url}/v1/chat/completions", json=BODY)
         (call,) = calls(proxy)
         assert call.status == 200 and flag in call.error and json.loads(call.reply)["choices"]
+
+
+def test_a_streams_head_does_not_count_as_its_first_byte(worker, tmp_path, http):
+    """A worker sends it before the engine is given the call."""
+    with timed(worker, tmp_path, head_then_stall, first_byte_s=0.2) as proxy:
+        with pytest.raises(httpx.RemoteProtocolError):
+            http.post(f"{proxy.url}/v1/chat/completions", json=BODY)
+        (call,) = calls(proxy)
+        assert "--first-byte-timeout-s" in call.error and call.first_byte is None
 
 
 def test_a_connection_that_does_not_come_about_is_502(tmp_path, http):
