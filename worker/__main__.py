@@ -15,11 +15,18 @@ import shutil
 import socket
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from worker.orders import Config
+import msgspec
+
+from episodes.access import key_in, loopback
+from episodes.errors import BadInput, TautapError
+from episodes.points import Points, default_layers, parse_custom
+from worker import smollm
+from worker.orders import XARG, Config, load_edit
+from worker.spool import prepare
 
 USAGE = "tautap worker [MODEL] [--layers 8,12,16] [--hook-points output] [options] [any vLLM flag]"
 EPILOG = """\
@@ -58,9 +65,6 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def main(argv: list[str] | None = None) -> None:
     """Run the worker; exits with 2 on bad input, with the reason on standard error."""
-    from episodes.errors import BadInput, TautapError
-    from worker.spool import prepare
-
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         command, env, config = plan(arguments, dict(os.environ))
@@ -78,13 +82,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str, str], Config]:
     """The command to become, its environment, and the recorder's share of it; BadInput for what cannot be recorded."""
-    import msgspec
-
-    from episodes.access import key_in
-    from episodes.errors import BadInput
-    from episodes.points import Points, default_layers, parse_custom
-    from worker.orders import XARG, Config
-
     model = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     ours, vllm_args = _parser().parse_known_args(_joined(list(map(_dashed, arguments))))
     if importlib.util.find_spec("vllm") is None or importlib.util.find_spec("nnsight") is None:
@@ -101,8 +98,6 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     # No web page may read what it answers: older releases of vLLM let all of them.
     defaults: dict[str, str | None] = {"--host": "127.0.0.1", "--port": "8001", "--allowed-origins": "[]"}
     if model is None and _value(vllm_args, "--model") is None:
-        from worker import smollm
-
         model = str(smollm.ensure(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tautap"))
         defaults |= smollm.VLLM_ARGS
         env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -186,9 +181,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
     """BadInput for a server that others could reach without a key: whoever does reads every prompt's activations."""
-    from episodes.access import loopback
-    from episodes.errors import BadInput
-
     given = _values(vllm_args, "--api-key")
     if "" in given:
         raise BadInput("--api-key is empty: give a key, or leave it out")
@@ -200,8 +192,6 @@ def _check_listening(vllm_args: list[str], env: dict[str, str]) -> None:
 
 def _check_address(vllm_args: list[str]) -> None:
     """BadInput where the server could not listen: found out before it loads a model."""
-    from episodes.errors import BadInput
-
     if uds := _value(vllm_args, "--uds"):
         return free_socket(Path(uds))
     host, port = _value(vllm_args, "--host"), _value(vllm_args, "--port")
@@ -217,8 +207,6 @@ def _check_address(vllm_args: list[str]) -> None:
 
 def free_socket(uds: Path) -> None:
     """Remove the socket that a worker before left, where vLLM could not listen; BadInput if it is not left over."""
-    from episodes.errors import BadInput
-
     if not uds.exists():
         return
     try:
@@ -240,17 +228,12 @@ def _located(text: str) -> str:
 
 
 def _check_aux(points: list[str]) -> None:
-    from episodes.errors import BadInput
-
     other = [point for point in points if not re.fullmatch(r"layers\.\d+\.output", point)]
     if other:
         raise BadInput(f"--capture-source aux records layers.<n>.output only, not {', '.join(other)}")
 
 
 def _check_edit(edit: str, source: str, vllm_args: list[str]) -> None:
-    from episodes.errors import BadInput
-    from worker.orders import load_edit
-
     if source != "nnsight":
         raise BadInput("--edit needs --capture-source nnsight: no Python runs inside a graph or a compiled model")
     if {_value(vllm_args, flag) for flag in ("--tensor-parallel-size", "-tp")} - {None, "1"}:
@@ -266,36 +249,29 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}: give bytes, or a number with K, M, G or T") from None
 
 
-def _value(args: list[str], flag: str) -> str | None:
-    """What a flag is set to in vLLM's arguments, `--flag value` or `--flag=value`."""
-    for i, arg in enumerate(args):
-        if arg == flag and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-    return None
-
-
 def _values(args: list[str], flag: str) -> list[str]:
-    """All that a flag is set to: of several vLLM takes the last."""
-    return [found for i in range(len(args)) if (found := _value(args[i:], flag)) is not None]
+    """All that a flag is set to in vLLM's arguments, `--flag value` or `--flag=value`."""
+    pairs = (arg.split("=", 1) if arg.startswith(f"{flag}=") else (arg, after) for arg, after in pairwise([*args, ""]))
+    return [value for name, value in pairs if name == flag]
+
+
+def _value(args: list[str], flag: str) -> str | None:
+    """What a flag is set to: of several vLLM takes the last."""
+    return next(reversed(_values(args, flag)), None)
 
 
 def _take(args: list[str], flag: str) -> str | None:
     """The flag's value, and the flag gone from the arguments."""
     value = _value(args, flag)
-    if flag in args:
-        i = args.index(flag)
-        del args[i : i + 2]
-    else:
-        args[:] = [arg for arg in args if not arg.startswith(f"{flag}=")]
+    while flag in args:
+        at = args.index(flag)
+        del args[at : at + 2]
+    args[:] = [arg for arg in args if not arg.startswith(f"{flag}=")]
     return value
 
 
 def _take_object(args: list[str], flag: str) -> dict[str, Any]:
     """The JSON object that the flag is set to, and the flag gone from the arguments."""
-    from episodes.errors import BadInput
-
     dotted = [arg for arg in args if arg.startswith(f"{flag}.")]
     text = _take(args, flag) or "{}"
     try:
@@ -323,8 +299,6 @@ def _joined(args: list[str]) -> list[str]:
 
 def _n_layers(model: str, trust_remote_code: bool) -> int:
     """The model's depth, from its config.json where it is local (importing transformers takes seconds)."""
-    from episodes.errors import BadInput
-
     home = Path(model)
     if not home.is_dir() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
         raise BadInput(f"model {model}: there is no such directory")

@@ -274,6 +274,7 @@ def run(*arguments, script=None, **env):
         (["--spool-dir", "/dev/null"], "cannot be written"),
         (["--spool-dir", "{tmp}", "--spool-bytes", "1000T"], "bytes are free in {tmp}/tautap-spool-"),
         (["--port", "{taken}"], "cannot listen on 127.0.0.1:{taken}: Address already in use: give another --port"),
+        (["--port", "1", "--port={taken}"], "cannot listen on 127.0.0.1:{taken}: "),  # the last counts, as for vLLM
         (["--host", "203.0.113.1", "--api-key", "k"], "cannot listen on 203.0.113.1:8001: "),
         (["--uds", "{tmp}/socket"], "--uds {tmp}/socket is there and no socket: delete it, or give another path"),
         (["-dp", "2"], "--data-parallel-size 2: start one worker for each replica"),
