@@ -42,20 +42,22 @@ from worker.spool import SpoolFile, prepare
 
 CALLS, TOKENS, HIDDEN = 8, 1500, 4096
 POINTS = ["layers.8.output", "layers.12.output", "layers.16.output"]
+SIZES = dict.fromkeys(("tmpfs", "disk"), (CALLS, TOKENS))
 SIZE = CALLS * TOKENS * HIDDEN * len(POINTS) * 2
 
 Way = Callable[[str, Path], Awaitable[None]]
 
 
-def serve(port: int, spools: dict[str, Path]) -> None:
-    """Be the worker: spool the calls, and serve each spool's under its name."""
+def serve(port: int, spools: dict[str, Path], sizes: dict[str, tuple[int, int]] = SIZES) -> None:
+    """Be the worker: spool the calls, and serve each spool's under its name. sizes: calls and rows of each"""
     routes = [Route("/health", lambda _: Response())]
     for name, spool in spools.items():
         prepare(spool)
         ledger = Ledger(spool)
-        rows = random_rows(TOKENS, HIDDEN, POINTS)
-        for number in range(CALLS):
-            fill(ledger, f"c-{number}", list(range(TOKENS)), POINTS, rows)
+        n_calls, n_rows = sizes[name]
+        rows = random_rows(n_rows, HIDDEN, POINTS)
+        for number in range(n_calls):
+            fill(ledger, f"c-{number}", [number, *range(n_rows - 1)], POINTS, rows)
         routes.append(Mount(f"/{name}", routes=activations(ledger)))
     uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
 

@@ -16,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -24,11 +25,7 @@ import aiohttp
 import msgspec
 import numpy as np
 import pyarrow.parquet as pq
-import uvicorn
 import uvloop
-from starlette.applications import Starlette
-from starlette.responses import Response
-from starlette.routing import Mount, Route
 
 from episodes import journal
 from episodes.layout import Layout
@@ -36,13 +33,9 @@ from episodes.records import Call, Kept, Model, Seal
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.wire import Sequence
-from handover import activations, fill, parse, random_rows, ready, worker
+from handover import HIDDEN, POINTS, parse, ready, serve, worker
 from proxy.backend import Backend
-from worker.ledger import Ledger
-from worker.spool import prepare
 
-HIDDEN = 4096
-POINTS = ["layers.8.output", "layers.16.output", "layers.24.output"]
 MODEL = Model("m", "bfloat16", HIDDEN, 32, POINTS, {})
 ROW_BYTES = HIDDEN * 2 * len(POINTS)
 # Calls by the run that they are recorded into: how many, and the rows of each. 21 rows are 0.5 MB, 1,500 are 37 MB.
@@ -51,20 +44,6 @@ EPISODE = 2  # calls
 # Of a long run: a system prompt that all share, turns of an episode, tokens that each adds, and of them generated.
 SYSTEM, TURNS, TURN, SAID = 1000, 25, 160, 60
 TEXT = "I have looked at the order and can offer you the following, if you agree to it. "
-
-
-def serve(port: int, spools: dict[str, Path]) -> None:
-    """Be the worker: spool the calls, and serve each spool's under its name."""
-    routes = [Route("/health", lambda _: Response())]
-    for name, spool in spools.items():
-        prepare(spool)
-        ledger = Ledger(spool)
-        n_calls, n_rows = RUNS[name]
-        rows = random_rows(n_rows, HIDDEN, POINTS)
-        for number in range(n_calls):
-            fill(ledger, f"c-{number}", [number, *range(n_rows - 1)], POINTS, rows)
-        routes.append(Mount(f"/{name}", routes=activations(ledger)))
-    uvicorn.run(Starlette(routes=routes), port=port, log_level="critical", loop="uvloop", ws="none")
 
 
 def a_call(name: str, episode: str, turn: int, sequences: list[Sequence], kept: list[Kept]) -> Call:
@@ -223,7 +202,7 @@ def opening(layout: Layout, n_calls: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=100_000, help="of the long run (%(default)s)")
-    options = parse(parser, serve)
+    options = parse(parser, partial(serve, sizes=RUNS))
     with TemporaryDirectory(dir=options.data) as disk, TemporaryDirectory(dir=options.tmpfs) as tmpfs:
         data = {"disk": Path(disk), "tmpfs": Path(tmpfs)}
         print(f"{os.cpu_count()} CPUs, {platform.processor() or platform.machine()}")

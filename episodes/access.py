@@ -31,7 +31,7 @@ ONLY_HERE = "without keys only this machine is served, as localhost or 127.0.0.1
 AUTHORITY = re.compile(r"(?:https?://)?(?P<host>[^:/\[\]]+|\[[^\[\]/]+\])(?::\d+)?")
 
 
-def foreign(host: str | None, origin: str | None, site: str | None) -> str | None:
+def from_elsewhere(host: str | None, origin: str | None, site: str | None) -> str | None:
     """Why a request is refused where no keys are, so that whoever is on this machine is let in: a browser here may have
     sent it for a web page from elsewhere, also to a name that the page's owner has lead here. None if it is not.
 

@@ -150,17 +150,10 @@ def _read(table: pa.Table) -> Iterator[tuple[int, Stretch]]:
         yield from zip(specs, map(Stretch, depths, owners, tokens), strict=True)
 
 
-class Extent(msgspec.Struct):
-    """What of an About says how much of the journal it stands for."""
-
-    journal_bytes: int
-
-
 def stands_for(layout: Layout) -> int:
     """How many bytes of the journal a run's checkpoint stands for; 0 if there is none that can be read."""
     try:
-        about: Extent = msgspec.json.decode(pq.read_schema(layout.rows).metadata[ABOUT], type=Extent)
-        return about.journal_bytes
+        return msgspec.json.decode(pq.read_schema(layout.rows).metadata[ABOUT], type=About).journal_bytes
     except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
         return 0
 

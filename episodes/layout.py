@@ -60,7 +60,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from episodes.errors import BadName
+from episodes.errors import BadName, BadRun
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -115,10 +115,18 @@ class Layout:
         return self.foreign / f"{call}.json.zst"
 
 
+def existing(root: Path) -> Layout:
+    """The paths of the run in a directory; BadRun if there is none."""
+    layout = Layout(root)
+    if not layout.run.exists():
+        raise BadRun(f"{root} is not a run: it has no run.json")
+    return layout
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A draft's path to write to; when the block ends well the draft is synced and becomes `path`, else it goes."""
-    _make(path.parent)
+    make(path.parent)
     draft = path.with_name(f".{path.name}.draft")
     try:
         yield draft
@@ -129,17 +137,18 @@ def whole(path: Path) -> Iterator[Path]:
 
 def publish(draft: Path, path: Path) -> None:
     """Give a finished draft its name, durably. The draft may lie in another directory of the same file system."""
-    _make(path.parent)
+    make(path.parent)
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
     draft.rename(path)
     sync_directory(path.parent)
 
 
-def _make(directory: Path) -> None:
-    """Make a directory, durably, if it is not there."""
+def make(directory: Path) -> None:
+    """Make a directory, and those above it, durably, if it is not there."""
     if not directory.exists():
-        directory.mkdir(parents=True, exist_ok=True)
+        make(directory.parent)
+        directory.mkdir(exist_ok=True)
         sync_directory(directory.parent)
 
 

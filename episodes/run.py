@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from episodes import checkpoint, journal, records
-from episodes.errors import BadInput, BadName, BadRun, CorruptFile, MissingRows, UnknownPoint
+from episodes.errors import BadInput, BadName, CorruptFile, MissingRows, UnknownPoint
 from episodes.history import History
-from episodes.layout import Layout
+from episodes.layout import Layout, existing
 from episodes.outline import Outline
 from episodes.rows import Owner, Span
 from episodes.shards import Shard
@@ -28,7 +28,7 @@ from episodes.wire import DTYPE_CODES, DTYPES, CallFile, Sequence, bits
 
 def open_run(path: str | Path) -> Run:
     """The run in a directory, as it is now; BadRun if there is none or it cannot be read."""
-    return Run(Layout(Path(path)))
+    return Run(existing(Path(path)))
 
 
 class Run:
@@ -41,8 +41,6 @@ class Run:
     """
 
     def __init__(self, layout: Layout) -> None:
-        if not layout.run.exists():
-            raise BadRun(f"{layout.root} is not a run: it has no run.json")
         check_journal(layout)
         self.layout = layout
         self.about: records.Run = read_run(layout)

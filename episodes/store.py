@@ -21,7 +21,7 @@ from episodes.begun import Begun, left_begun
 from episodes.cast import Cast, Dialect, Group
 from episodes.errors import BadRun, CorruptFile, RunLocked, WrongFormat, WrongModel
 from episodes.history import Ranges
-from episodes.layout import FORMAT, Layout, crc32, links, publish, whole
+from episodes.layout import FORMAT, Layout, crc32, links, make, publish, sync_directory, whole
 from episodes.records import Call, Link, Model, Pair, Record, Run, Seal
 from episodes.recovery import STOPPED, recover, unrecorded
 from episodes.rows import runs
@@ -33,7 +33,6 @@ from episodes.wire import DTYPE_CODES, CallFile
 CHECKPOINT_BYTES = 256 << 20
 # Whoever looks whether a run is being written (`being_written`) holds its lock for an instant.
 GLANCE_S = 0.05
-NEWS: tuple[None, None, None, list[str]] = (None, None, None, [])
 
 
 def read_run(layout: Layout) -> Run:
@@ -87,7 +86,7 @@ class Store:
         for link in links(layout.root):  # before anything is written, which may be elsewhere
             raise BadRun(f"{link} is a symbolic link: a run is written only where it lies; put in what it stands for")
         check_journal(layout)
-        layout.live.mkdir(parents=True, exist_ok=True)
+        make(layout.live)
         self.layout = layout
         self._lock = _lock(layout)
         try:
@@ -100,6 +99,7 @@ class Store:
             self.history = self._state.history
             self._checkpointed = self._state.read_from
             self._begun = Begun(layout.begun)
+            sync_directory(layout.root)
             left = unrecorded(self.history, self._begun.left)
             # left: calls of a writer that died, to be recorded; recovered: what else was done about it, in words
             self.left, self.recovered = recover(layout, self.history, left, self._state.damaged)
@@ -241,11 +241,9 @@ class Store:
         """Note which threads make up an episode, if that is news. benchmark: whose, if it is one's."""
         threads = [thread for thread in group.placed if self.history.home(thread) != group.episode]
         known = self.history.episodes.get(group.episode)
-        before = known.pair if known else None
+        before = (known and known.pair) or Pair(group.episode, [], 0.0)
         said = (benchmark if group.user_strategy else None, group.strategy, group.user_strategy, group.tied)
-        if threads or said != (
-            (before.benchmark, before.strategy, before.user_strategy, before.tied) if before else NEWS
-        ):
+        if threads or before != Pair(group.episode, before.threads, before.at, *said):
             self._append(Pair(group.episode, threads, time.time(), *said))
 
     def link(self, links: Iterable[Link]) -> int:
@@ -279,6 +277,13 @@ class Store:
         if failed:
             raise BadRun("\n".join([*failed, f"see `tautap verify {self.layout.root}`"]))
         return [seal for seal in seals if seal is not None]
+
+    def finish(self, dialect: Dialect) -> list[Seal]:
+        """Seal what is live, as `seal_all`, and write the index, of what could be sealed if not all could be."""
+        try:
+            return self.seal_all(dialect)
+        finally:
+            self.roll()
 
     def seal(self, name: str) -> Seal | None:
         """Move an episode's rows into its shard; None if that has been done. An earlier seal's rows are taken along."""

@@ -17,7 +17,6 @@ Where several threads fit alike, it is the one that had the last call: those bef
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -63,10 +62,9 @@ class Thread:
 
 
 class Threads:
-    """The open conversations of a run; safe to call from any thread."""
+    """The open conversations of a run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._waiting: dict[Key, list[Thread]] = {}
         self._asked: dict[Key, list[Thread]] = {}
         self._threads: dict[str, Thread] = {}
@@ -88,22 +86,20 @@ class Threads:
         retried: whether the client says that it repeats a call; None if it says nothing. meant: whether a thread, of
         several that it could be, is known to be the one
         """
-        with self._lock:
-            digests = list(prefix_digests(messages)) if messages else []
-            thread, kind = self._find(digests, messages or [], episode, retried, meant)
-            if thread is None:
-                thread = self._threads[f"t-{call}"] = Thread(f"t-{call}", episode or f"t-{call}", episode)
-            turn, attempt = (thread.turn + 1, 0) if kind == "turn" else (thread.turn, thread.attempt + 1)
-            place = Place(thread.episode, thread.id, turn, attempt, kind)
-            self._enter(thread, place, digests)
-            return place
+        digests = list(prefix_digests(messages)) if messages else []
+        thread, kind = self._find(digests, messages or [], episode, retried, meant)
+        if thread is None:
+            thread = self._threads[f"t-{call}"] = Thread(f"t-{call}", episode or f"t-{call}", episode)
+        turn, attempt = (thread.turn + 1, 0) if kind == "turn" else (thread.turn, thread.attempt + 1)
+        place = Place(thread.episode, thread.id, turn, attempt, kind)
+        self._enter(thread, place, digests)
+        return place
 
     def replay(self, place: Place, messages: list[JSON], named: bool) -> None:
         """Take in a call that another process placed. named: the client said in which episode."""
-        with self._lock:
-            scope = place.episode if named else None
-            thread = self._threads.setdefault(place.thread, Thread(place.thread, place.episode, scope))
-            self._enter(thread, place, list(prefix_digests(messages)))
+        scope = place.episode if named else None
+        thread = self._threads.setdefault(place.thread, Thread(place.thread, place.episode, scope))
+        self._enter(thread, place, list(prefix_digests(messages)))
 
     def _enter(self, thread: Thread, place: Place, digests: list[int]) -> None:
         """A call of the thread has begun."""
@@ -125,30 +121,27 @@ class Threads:
 
     def replied(self, place: Place, replies: list[JSON]) -> None:
         """The call at `place` is over; `replies` are its choices' messages, none if it failed."""
-        with self._lock:
-            thread = self._threads.get(place.thread)
-            if thread is None or thread.end is None or (thread.turn, thread.attempt) != place[2:4]:
-                return  # closed, without messages, or given up by its client, who has sent it again
-            thread.busy, thread.failed = False, not replies
-            thread.n_good += bool(replies)
-            thread.ends += [next(prefix_digests([reply], thread.end)) for reply in replies]
-            for end in set(thread.ends):
-                self._waiting.setdefault((thread.scope, end), []).append(thread)
+        thread = self._threads.get(place.thread)
+        if thread is None or thread.end is None or (thread.turn, thread.attempt) != place[2:4]:
+            return  # closed, without messages, or given up by its client, who has sent it again
+        thread.busy, thread.failed = False, not replies
+        thread.n_good += bool(replies)
+        thread.ends += [next(prefix_digests([reply], thread.end)) for reply in replies]
+        for end in set(thread.ends):
+            self._waiting.setdefault((thread.scope, end), []).append(thread)
 
     def rejected(self, thread: str, n_asked: int) -> None:
         """The last reply of the thread will not be used: the same messages again are its next attempt, unless it has
         got n_asked replies to them.
         """
-        with self._lock:
-            if thread in self._threads:
-                self._threads[thread].rejected = self._threads[thread].n_good < n_asked
+        if thread in self._threads:
+            self._threads[thread].rejected = self._threads[thread].n_good < n_asked
 
     def close(self, thread: str) -> None:
         """Nothing continues the thread any more."""
-        with self._lock:
-            found = self._threads.pop(thread, None)
-            if found is not None:
-                self._forget(found)
+        found = self._threads.pop(thread, None)
+        if found is not None:
+            self._forget(found)
 
     def _find(
         self,

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 from episodes import commands
 from episodes.access import loopback
 from episodes.errors import BadInput, TautapError
-from episodes.layout import Layout, check_name
+from episodes.layout import check_name, existing
 from episodes.records import Role
 from episodes.terminal import echo
 from episodes.wire import Tokens
@@ -209,7 +209,7 @@ def backfill_command(run: Path, backends: tuple[str, ...], **options: Any) -> No
     from proxy.backfill import backfill
 
     config = Config(_backends(backends), data=run.parent, run=run.name, **options)
-    done = asyncio_run(backfill(Layout(run), config))
+    done = asyncio_run(backfill(existing(run), config))
     for call, reason in done.left.items():
         echo(f"call {call}: {reason}")
     click.echo(f"{done.n_rows:,} rows of {done.n_calls} calls filled, {len(done.left)} calls left without")

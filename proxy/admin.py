@@ -109,9 +109,9 @@ async def _seal(request: web.Request) -> web.Response:
 
 
 async def _link(request: web.Request) -> web.Response:
-    query = request.query
+    query, timeouts = request.query, request.app[RECORDER].config.timeouts
     try:
-        told = msgspec.json.decode(await bodies.read(request), type=Results)
+        told = msgspec.json.decode(await bodies.read(request, timeouts.idle_s), type=Results)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise BadInput(f"the body is not results, a results file of tau-bench's, and tasks: {error}") from None
     results = await asyncio.to_thread(parse_results, bytes(told.results), query.get("name", "results"))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import aiohttp
 import msgspec
@@ -100,9 +101,7 @@ class Backend:
         it does not know us: it would record nothing, and say so to every client.
         """
         try:
-            async with self._session.get(
-                f"{self.url}/v1/capabilities", headers=self.headers, timeout=self._soon
-            ) as reply:
+            async with self._ask("GET", "/v1/capabilities") as reply:
                 body = await whole(reply.content.readany)
         except (aiohttp.ClientError, TimeoutError):
             return None
@@ -125,7 +124,7 @@ class Backend:
     async def ready(self) -> bool:
         """Whether it is well; of one that is not ours, and may have no such route, that it answers is enough."""
         try:
-            async with self._session.get(f"{self.url}/health", headers=self.headers, timeout=self._soon) as reply:
+            async with self._ask("GET", "/health") as reply:
                 return reply.status < 500
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -134,7 +133,7 @@ class Backend:
         """The worker's own metrics; nothing if it does not answer at once."""
         timeout = aiohttp.ClientTimeout(total=METRICS_S)
         try:
-            async with self._session.get(f"{self.url}/metrics", headers=self.headers, timeout=timeout) as reply:
+            async with self._ask("GET", "/metrics", timeout=timeout) as reply:
                 return await whole(reply.content.readany) if reply.status == 200 else b""
         except (aiohttp.ClientError, TimeoutError, WorkerFailed):
             return b""
@@ -145,13 +144,9 @@ class Backend:
 
         timeout_s: another than the Config's
         """
-        async with self._slots:
-            await self._claim(call, into, min_free_bytes, timeout_s or self._timeout_s)
-
-    async def _claim(self, call: str, into: Path, min_free_bytes: int, timeout_s: float) -> None:
-        trouble = "the worker did not answer"
+        timeout_s, trouble = timeout_s or self._timeout_s, "the worker did not answer"
         try:
-            async with asyncio.timeout(timeout_s) as clock:
+            async with self._slots, asyncio.timeout(timeout_s) as clock:
                 deadline = clock.when()
                 while True:
                     clock.reschedule(deadline)
@@ -167,11 +162,8 @@ class Backend:
 
     async def holds(self, call: str) -> bool:
         """Whether the worker knows of a call; False if it does not answer."""
-        url = f"{self.url}/v1/activations/{call}"
         try:
-            async with self._session.get(
-                url, params={"as": "recipe"}, headers=self.headers, timeout=self._soon
-            ) as reply:
+            async with self._ask("GET", f"/v1/activations/{call}", params={"as": "recipe"}) as reply:
                 return reply.status in (200, 202, 410)
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -179,21 +171,19 @@ class Backend:
     async def compute(self, model: str, prompt: list[int], capture: Capture) -> None:
         """Run a prompt of token ids for its rows alone; CaptureLost, with the reason, if the worker does not."""
         body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
-        headers = self.headers | {CAPTURE_HEADER: capture.header()}
+        headers = {CAPTURE_HEADER: capture.header()}
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
-        url = f"{self.url}/v1/completions"
         try:
-            async with self._session.post(url, json=body, headers=headers, timeout=timeout) as reply:
+            async with self._ask("POST", "/v1/completions", json=body, headers=headers, timeout=timeout) as reply:
                 if reply.status != 200:
                     raise await _refused(reply)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise CaptureLost(f"the worker could not be reached: {error or type(error).__name__}") from None
 
     async def _fetch(self, call: str, into: Path, min_free_bytes: int, clock: asyncio.Timeout) -> bool:
-        headers = self.headers | {"Accept-Encoding": "identity"}
-        url = f"{self.url}/v1/activations/{call}"
+        headers, path = {"Accept-Encoding": "identity"}, f"/v1/activations/{call}"
         params = {"wait_s": str(CLAIM_WAIT_S)} | ({"as": "recipe"} if self._in_sight else {})
-        async with self._session.get(url, params=params, headers=headers, timeout=self._patient) as reply:
+        async with self._ask("GET", path, params=params, headers=headers, timeout=self._patient) as reply:
             if reply.status == 202:
                 return False
             if reply.status in (404, 410):
@@ -223,9 +213,7 @@ class Backend:
     async def waiting(self) -> list[Held]:
         """The calls whose activations the worker holds, anybody's; none, and a warning, if it does not say."""
         try:
-            async with self._session.get(
-                f"{self.url}/v1/activations", headers=self.headers, timeout=self._soon
-            ) as reply:
+            async with self._ask("GET", "/v1/activations") as reply:
                 reply.raise_for_status()
                 return msgspec.json.decode(await whole(reply.content.readany), type=Waiting).data
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError, WorkerFailed) as error:
@@ -251,12 +239,15 @@ class Backend:
 
     async def _delete(self, call: str) -> bool:
         try:
-            async with self._session.delete(
-                f"{self.url}/v1/activations/{call}", headers=self.headers, timeout=self._soon
-            ):
+            async with self._ask("DELETE", f"/v1/activations/{call}"):
                 return True
         except (aiohttp.ClientError, TimeoutError, ConnectionError):
             return False
+
+    def _ask(self, method: str, path: str, **options: Any) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """The worker's reply to a request. options: aiohttp's; without a timeout, it has to answer at once"""
+        options = {"timeout": self._soon} | options | {"headers": self.headers | options.get("headers", {})}
+        return self._session.request(method, f"{self.url}{path}", **options)
 
 
 def _write(file: BinaryIO, chunk: bytes, into: Path, min_free_bytes: int) -> None:

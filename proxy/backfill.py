@@ -95,11 +95,8 @@ class Backfill:
 async def backfill(layout: Layout, config: Config) -> Filled:
     """Fill every hole of a run that no proxy writes, seal it and write its index.
 
-    BadInput if no worker of ours answers; BadRun if there is no such run, if it is being written, or if the worker
-    runs another model
+    BadInput if no worker of ours answers; BadRun if it is being written, or if the worker runs another model
     """
-    if not layout.run.exists():
-        raise BadRun(f"{layout.root} is not a run: it has no run.json")
     async with Workers.run(config) as workers:
         model = await workers.capabilities()
         if model is None:
@@ -111,10 +108,7 @@ async def backfill(layout: Layout, config: Config) -> Filled:
             try:
                 await on_disk(store.describe, model)
                 done = await Backfill(store, workers, on_disk, store.run.family).fill(store.calls())
-                try:
-                    await on_disk(store.seal_all, DIALECT)
-                finally:  # of what could be sealed
-                    await on_disk(store.roll)
+                await on_disk(store.finish, DIALECT)
             finally:
                 await on_disk(store.close)
     return done

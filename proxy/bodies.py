@@ -17,7 +17,7 @@ FEED = 256
 WINDOW_BYTES = 8 << 20
 
 
-async def read(request: web.Request, timeout_s: float | None = None) -> bytes:
+async def read(request: web.Request, timeout_s: float) -> bytes:
     """The body. The application's `client_max_size` holds for it as it comes and unpacked; HTTP's own errors for one
     that is too large (413), packed in a way we do not know (415), or too slow (408); BadInput for one that is damaged.
     """
@@ -31,7 +31,7 @@ async def read(request: web.Request, timeout_s: float | None = None) -> bytes:
     return await asyncio.to_thread(unpacked, body, encoding, limit)
 
 
-async def _awaited(request: web.Request, timeout_s: float | None) -> bytes:
+async def _awaited(request: web.Request, timeout_s: float) -> bytes:
     try:
         async with asyncio.timeout(timeout_s):
             return await request.read()

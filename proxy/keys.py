@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 from multidict import istr
 
-from episodes.access import foreign, key_in, text_of
+from episodes.access import from_elsewhere, key_in, text_of
 from episodes.errors import BadInput
 from proxy.refusals import refusal
 
@@ -67,7 +67,7 @@ def guard(keys: Keys) -> Middleware:
 async def local(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Lets in who is on this machine, and no web page that is open in a browser here: the guard where no keys are."""
     headers = request.headers
-    reason = foreign(headers.get(hdrs.HOST), headers.get(hdrs.ORIGIN), headers.get(SITE))
+    reason = from_elsewhere(headers.get(hdrs.HOST), headers.get(hdrs.ORIGIN), headers.get(SITE))
     return await handler(request) if reason is None else refusal(403, reason, "permission_denied")
 
 

@@ -5,12 +5,14 @@ schemas are open here, and what the worker thinks of them comes back as a 4xx.
 from __future__ import annotations
 
 import importlib.metadata
-from typing import Any
+from typing import get_args
 
 import msgspec
 from aiohttp import web
 
-JSON = dict[str, Any]
+from episodes.layout import NAME as NAMES
+from episodes.messages import JSON
+from episodes.wire import Tokens
 
 ERROR: JSON = {
     "type": "object",
@@ -30,12 +32,12 @@ COLLECT: JSON = {
             "properties": {
                 "layers": {"type": "array", "items": {"type": "integer"}},
                 "hook_points": {"type": "array", "items": {"type": "string"}},
-                "tokens": {"enum": ["all", "prompt", "completion", "last"]},
+                "tokens": {"enum": list(get_args(Tokens))},
             },
         },
     ]
 }
-NAME: JSON = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"}
+NAME: JSON = {"type": "string", "pattern": f"^{NAMES.pattern}$"}
 REFUSALS = {
     "400": "something is wrong with the request",
     "401": "no key, or none of the proxy's",
@@ -69,7 +71,7 @@ def document() -> JSON:
             "/tautap": {"get": _operation("the proxy", {"type": "object", "required": ["run", "aliases"]})},
             "/tautap/runs/{run}": {
                 "parameters": [{"name": "run", "in": "path", "required": True, "schema": NAME}],
-                "get": _operation("what was recorded since the run was opened", _counts()),
+                "get": _operation("what the run holds so far", _counts()),
                 "post": _operation("the same, and the run is open", _counts()),
             },
             "/health/live": {"get": _health("the proxy lives")},

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from episodes.points import legacy_key, split
-from episodes.wire import CallFile, Collect
+from episodes.wire import DTYPE_CODES, CallFile, Collect
 
 ELEMENT_LIMIT = 100_000
-DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 
 
 def activations(file: CallFile, collect: Collect) -> dict[str, Any]:

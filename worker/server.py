@@ -27,7 +27,7 @@ import zstandard
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from episodes.access import foreign
+from episodes.access import from_elsewhere
 from episodes.errors import BadInput, CaptureLost
 from episodes.handover import TOKEN, Recipe
 from episodes.messages import media, parse_object, parse_request
@@ -110,7 +110,7 @@ class CaptureMiddleware:
         needs one: vLLM's own check leaves all but a few prefixes open. No browser speaks to a socket.
         """
         if not self._keys:
-            reason = None if self._on_socket else foreign(*(_header(scope, name) for name in SENT_FROM))
+            reason = None if self._on_socket else from_elsewhere(*(_header(scope, name) for name in SENT_FROM))
             return None if reason is None else (403, reason)
         given = (_header(scope, b"authorization") or "").encode("latin-1")
         # A list: all of them, in the same time.

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import shutil
 import tracemalloc
 import weakref
@@ -118,6 +119,21 @@ def check_talk(run):
             found = call.activations(point)
             assert found.dtype == ml_dtypes.bfloat16 and np.array_equal(found, expected(tokens, point))
     assert list(problems(run)) == []
+
+
+def test_a_run_that_is_made_is_there_after_a_power_cut(tmp_path, monkeypatch):
+    """The directories in which the names of its own and of its journal stand are synced."""
+    synced, fsync = {}, os.fsync
+
+    def sync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced[path] = {entry.name for entry in path.iterdir()} if path.is_dir() else None
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    Store(Layout(tmp_path / "data" / "r")).close()
+    assert synced[tmp_path] == {"data"} and synced[tmp_path / "data"] == {"r"}
+    assert {"run.json", "journal.jsonl", "begun.jsonl", "live"} <= synced[tmp_path / "data" / "r"]
 
 
 def test_a_call_is_read_back_stitched_live_and_sealed_and_after_a_restart(tmp_path):

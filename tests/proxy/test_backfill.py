@@ -14,7 +14,7 @@ import pytest
 
 from episodes import journal
 from episodes.errors import BadInput, BadRun, RunLocked, WrongModel
-from episodes.layout import Layout
+from episodes.layout import Layout, existing
 from episodes.records import BACKFILL
 from episodes.run import open_run
 from episodes.store import Store, being_written
@@ -170,7 +170,7 @@ def test_a_worker_that_is_not_there_or_runs_another_model_is_refused(stub, tmp_p
     with pytest.raises(WrongModel, match="other"):
         fill(proxy)
     with pytest.raises(BadRun, match="not a run"):
-        asyncio.run(backfill(Layout(tmp_path / "nothing"), proxy.config))
+        asyncio.run(backfill(existing(tmp_path / "nothing"), proxy.config))
 
 
 def test_a_backfill_that_is_broken_off_writes_with_one_thread_and_lets_the_run_go_last(stub, tmp_path, monkeypatch):

@@ -106,10 +106,12 @@ def test_json_may_be_as_deep_as_it_is_wide_where_that_is_not_deep(stub, proxy, h
     assert post(proxy, http, json.dumps({"model": MODEL, "messages": messages}).encode()).status_code == 200
 
 
-def test_a_body_that_does_not_come_is_given_up(stub, tmp_path):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/tautap/runs/r/link"])
+def test_a_body_that_does_not_come_is_given_up(stub, tmp_path, path):
     with (
         proxy_to(stub.url, tmp_path, timeouts=Timeouts(idle_s=0.2)) as proxy,
         socket.create_connection(("127.0.0.1", proxy.config.port)) as out,
     ):
-        out.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n{")
+        out.sendall(f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10\r\n\r\n{{".encode())
+        out.settimeout(10)
         assert out.recv(1000).startswith(b"HTTP/1.1 408 ")
