@@ -40,7 +40,7 @@ ROWS = pa.schema(
         pa.field("tokens", pa.large_binary(), nullable=False),
     ]
 )
-ABOUT = b"checkpoint"
+ABOUT = b"checkpoint 2"  # 1 had no tokens of calls without sequences in its counts
 BATCH = 10_000
 
 

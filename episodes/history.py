@@ -49,7 +49,8 @@ class History:
         """
         self.calls: dict[str, Call] = {}
         self.episodes: dict[str, Episode] = {}
-        # Of all calls, the forgotten ones too: calls, tokens, rows, and vectors, as many of a row as it has points.
+        # Of all calls, the forgotten ones too: calls, tokens as far as they are known, rows, and vectors, as many of a
+        # row as it has points.
         self.counts: Counter[str] = Counter()
         self._homes: dict[str, str] = {}
         self._forget_sealed = forget_sealed
@@ -82,7 +83,7 @@ class History:
         counts["vectors"] += call.n_kept * len(call.points)
         if call.role != BACKFILL:  # it said nothing: only its rows count
             counts["calls"] += 1
-            counts["tokens"] += call.n_prompt + call.n_completion
+            counts["tokens"] += (call.n_prompt or 0) + (call.n_completion or 0)
 
     def whole(self, call: Call) -> Call:
         """One of `calls` with all that was said, of which an `Outline` keeps nothing."""

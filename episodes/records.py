@@ -84,6 +84,25 @@ BACKFILL: Literal["backfill"] = "backfill"
 Kind = Literal["turn", "retry", "reask", "branch"]
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a reply says that its call took; None what it does not say."""
+
+    prompt_tokens: Count | None = None
+    completion_tokens: Count | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """All of a reply that is looked at here."""
+
+    usage: Usage | None = None
+
+
+_replies = msgspec.json.Decoder(Reply)
+
+
 class Kept(msgspec.Struct, frozen=True, array_like=True):
     """Rows that a call stores: positions start to stop of its choice."""
 
@@ -137,12 +156,26 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
         return (*self.points, self.tokens)
 
     @property
-    def n_prompt(self) -> int:
-        return sum(len(s.prompt_token_ids) for s in self.sequences)
+    def n_prompt(self) -> int | None:
+        """Tokens of the prompts, one for each choice. Without sequences what the reply's `usage` says, where a prompt
+        counts once for all its choices; None if it says nothing.
+        """
+        return sum(len(s.prompt_token_ids) for s in self.sequences) if self.sequences else self._usage.prompt_tokens
 
     @property
-    def n_completion(self) -> int:
+    def n_completion(self) -> int | None:
+        """Tokens that were generated, of all choices; as `n_prompt` without sequences."""
+        if not self.sequences:
+            return self._usage.completion_tokens
         return sum(len(s.completion_token_ids) for s in self.sequences)
+
+    @property
+    def _usage(self) -> Usage:
+        """The reply's, empty if it has none that is sound."""
+        try:
+            return _replies.decode(self.reply).usage or Usage()
+        except (ValueError, RecursionError):
+            return Usage()
 
     @property
     def n_positions(self) -> int:

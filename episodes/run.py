@@ -200,7 +200,8 @@ class Call:
 
     def __repr__(self) -> str:
         record = self.record
-        tokens = f"{record.n_prompt} + {record.n_completion} tokens"
+        n_prompt, n_completion = ("?" if n is None else n for n in (record.n_prompt, record.n_completion))
+        tokens = f"{n_prompt} + {n_completion} tokens"
         said = f"{record.role}, turn {record.turn}, HTTP {record.status}, {tokens}, {len(record.points)} points"
         return f"<Call {record.id} of {record.episode}: {said}>"
 

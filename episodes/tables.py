@@ -8,7 +8,9 @@
     status finish_reason error                   HTTP status, 0 if none; `length` if cut short; why the reply failed
     lost foreign                                 why activations were lost, which a backfill may have had since; whether
                                                  the backend sent some of its own
-    n_prompt n_cached n_completion               tokens, of all choices; n_cached: of the prompt, out of the cache
+    n_prompt n_completion                        tokens, of all choices; without `sequences` what the reply's `usage`
+                                                 says, a prompt once for all its choices; null if it says nothing
+    n_cached                                     of the prompt, out of the cache
     n_rows n_missing                             rows that it stores; positions that should have a row and have none
     points tokens                                what was asked of the worker, no points if nothing
     spans sequences                              whose rows its positions have; the engine's token ids, per choice
@@ -23,7 +25,8 @@
     linked_by link_tied                          `transcript`, `instruction` or `order`, the weakest; other episodes
                                                  that the result fits as well
     agent_thread user_thread threads tied        tied: other threads that could stand in it as well
-    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the last turn, plus 1
+    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the last turn, plus 1;
+                                                 tokens: as far as they are known
     n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's
     started ended shard n_bytes                  shard: its path in the run, null if it has none
 
@@ -374,7 +377,7 @@ class Tally:
         self.threads[call.thread] = call.role
         self.n_turns = max(self.n_turns, call.turn + 1)
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
-        self.counts.update({name: row[name] for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
+        self.counts.update({name: row[name] or 0 for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
         self.counts["n_calls"] += 1
         self.counts["n_positions"] += call.n_positions if call.points else 0
 

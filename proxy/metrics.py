@@ -82,8 +82,8 @@ class Metrics:
         """A call is on disk. rows: how many of its positions it stored, shares, lacks, or may yet share (`awaited`: to
         be counted by `came`). row_bytes: of the stored.
         """
-        self._prompt.inc(call.n_prompt)
-        self._completion.inc(call.n_completion)
+        self._prompt.inc(call.n_prompt or 0)
+        self._completion.inc(call.n_completion or 0)
         self.came({kind: n_rows for kind, n_rows in rows.items() if kind != "awaited"})
         self._row_bytes.inc(row_bytes)
 

@@ -73,6 +73,13 @@ def test_choices_of_a_stream_are_kept_apart():
     assert [m["content"] for m in reply_messages(reply)] == ["ac", "b"]
 
 
+def test_the_usage_that_a_stream_ends_with_is_its_replys():
+    """Of several, as after each token, it is the last."""
+    counts = [{"prompt_tokens": 7, "completion_tokens": n} for n in (1, 2)]
+    said = [b"data: " + json.dumps({"choices": [], "usage": usage}).encode() + b"\n\n" for usage in (*counts, None)]
+    assert spelt([chunk({"content": "a"}), *said])["usage"] == counts[1]
+
+
 def test_activations_are_taken_out_of_an_event():
     """Also where its data is on several lines; the rest of the event stays."""
     for event in (

@@ -13,7 +13,7 @@ from episodes.cast import Group
 from episodes.records import Call, Link
 from episodes.run import open_run
 from episodes.store import Store
-from episodes.tables import CALLS, Index
+from episodes.tables import CALLS, Index, totals
 from episodes.verify import problems
 from tests.episodes.test_store import POINTS, Writer, expected, flip, talk
 
@@ -119,6 +119,28 @@ def test_an_index_of_another_journal_is_not_used(tmp_path):
     assert Index.of(layout) is None
     layout.journal.write_bytes(lines[:-2])
     assert Index.of(layout) is None
+
+
+def test_tokens_of_calls_that_have_no_rows_are_those_that_their_replies_tell(tmp_path):
+    """Null where these do not; an episode's and a run's are those that are known."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4])
+    told = {"points": [], "reply": '{"usage": {"prompt_tokens": 7, "completion_tokens": 2}}'}
+    writer.store.commit(msgspec.structs.replace(writer.call("c2"), **told))
+    writer.store.commit(msgspec.structs.replace(writer.call("c3"), status=502))
+    writer.store.roll()
+    counts = writer.store.history.counts
+    run = writer.close()
+    assert run.columns("n_prompt", "n_completion").to_pydict() == {
+        "n_prompt": [3, 7, None],
+        "n_completion": [1, 2, None],
+    }
+    assert run.episodes.select(["n_prompt", "n_completion"]).to_pylist() == [{"n_prompt": 10, "n_completion": 3}]
+    assert counts["tokens"] == 13 and (totals(run.layout).n_prompt, totals(run.layout).n_completion) == (10, 3)
+    assert [repr(run.call(name)).split(", ")[3] for name in ("c1", "c2", "c3")] == [
+        "3 + 1 tokens", "7 + 2 tokens", "? + ? tokens"
+    ]  # fmt: skip
+    assert list(problems(run)) == []
 
 
 @pytest.mark.parametrize("column", CALLS.names)

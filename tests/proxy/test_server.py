@@ -409,6 +409,18 @@ def test_activations_that_are_lost_are_journalled_with_the_reason(stub, proxy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_call_that_records_nothing_are_counted_as_its_reply_tells_them(stub, proxy, http, stream):
+    stub.stub.foreign = {"usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": stream, "collect_activations": False}
+    assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 200
+    run = committed(proxy, 1)
+    assert run.columns("n_prompt", "n_completion", "points").to_pylist() == [
+        {"n_prompt": 7, "n_completion": 3, "points": []}
+    ]
+    until(lambda: 'tokens_total{kind="prompt"} 7.0' in http.get(f"{proxy.url}/metrics").text, "them to be counted")
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_reply_that_breaks_off_is_recorded_as_broken(stub, proxy, http, stream):
     stub.stub.faults = ["cut"]
     body = {"model": MODEL, "messages": [user("Hi")], "stream": stream}
