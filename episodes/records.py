@@ -183,6 +183,11 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
         return sum(stop - first for first, stop in (s.wanted(self.tokens) for s in self.sequences))
 
     @property
+    def uncounted(self) -> bool:
+        """Whether it lost its rows and its token ids are not known, so that nor is how many rows it lacks."""
+        return bool(self.points) and self.lost is not None and not self.sequences
+
+    @property
     def n_kept(self) -> int:
         return sum(kept.stop - kept.start for kept in self.kept)
 

@@ -217,8 +217,10 @@ class Call:
         return self.run.spans(self.record).get(choice, [])
 
     @property
-    def missing(self) -> int:
-        """Positions that should have a row and have none."""
+    def missing(self) -> int | None:
+        """Positions that should have a row and have none; None if it lost them all and they are not known."""
+        if self.record.uncounted:
+            return None
         spans = self.run.spans(self.record).values()
         return sum(span.stop - span.start for own in spans for span in own if span.owner is None)
 

@@ -11,7 +11,8 @@
     n_prompt n_completion                        tokens, of all choices; without `sequences` what the reply's `usage`
                                                  says, a prompt once for all its choices; null if it says nothing
     n_cached                                     of the prompt, out of the cache
-    n_rows n_missing                             rows that it stores; positions that should have a row and have none
+    n_rows n_missing                             rows that it stores; positions that should have a row and have none,
+                                                 null if they were all lost and how many there are is not known
     points tokens                                what was asked of the worker, no points if nothing
     spans sequences                              whose rows its positions have; the engine's token ids, per choice
     journal_at                                   where its line is
@@ -446,7 +447,7 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
         "n_cached": sum(s.n_cached for s in call.sequences),
         "n_completion": call.n_completion,
         "n_rows": call.n_kept,
-        "n_missing": sum(s.stop - s.start for part in spans.values() for s in part if s.owner is None),
+        "n_missing": None if call.uncounted else _n_missing(spans),
         "points": call.points,
         "tokens": call.tokens,
         "spans": [
@@ -473,6 +474,10 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
         "request": call.request,
         "reply": call.reply,
     }
+
+
+def _n_missing(spans: dict[int, list[Span]]) -> int:
+    return sum(span.stop - span.start for own in spans.values() for span in own if span.owner is None)
 
 
 def _us(seconds: float | None) -> int | None:

@@ -109,6 +109,8 @@ def test_the_recipes_take_the_rows_that_they_say(run):
     labels = {row["episode"]: row["label"] for row in scope["labelled"].to_pylist()}
     assert labels == {"EPISODE": True, "OTHER": True, "DOUBTFUL": None, "UNLINKED": None}
     assert scope["calls"].num_rows == scope["run"].calls.num_rows == 12
+    lacking = {row["call"]: row["n_missing"] for row in scope["calls"].to_pylist() if row["n_missing"] != 0}
+    assert lacking == {"c3": None}
 
 
 def test_the_last_recipe_needs_the_api_alone(run):

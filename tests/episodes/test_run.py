@@ -5,6 +5,7 @@ import shutil
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from episodes import tables
@@ -138,6 +139,28 @@ def test_a_hole_is_in_the_way_of_its_own_positions_only(tmp_path):
     with pytest.raises(MissingRows, match=r"call c1, choice 0: no rows for positions 1 to 2$"):
         call.activations(POINTS[0], positions=[1, 3])
     assert call.missing == 2 and not call.whole
+
+
+@pytest.mark.parametrize("rolled", [True, False])
+def test_how_many_rows_a_call_lacks_is_not_known_where_its_token_ids_are_not(tmp_path, rolled):
+    """And only there: none is missing of a call that was refused, or that was not to be recorded."""
+    writer = Writer(tmp_path)
+    writer.commit("whole", [1, 2], [3])
+    for name, said in {
+        "lost": {"lost": "the worker died"},
+        "told": {"lost": "the spool is full", "sequences": [Sequence(0, [5, 6], [7])]},
+        "refused": {"status": 404},
+        "unasked": {"points": []},
+    }.items():
+        writer.store.commit(msgspec.structs.replace(writer.call(name), **said))
+    if rolled:
+        writer.store.roll()
+    run = writer.close()
+    n_missing = {"whole": 0, "lost": None, "told": 2, "refused": 0, "unasked": 0}
+    assert {row["call"]: row["n_missing"] for row in run.columns("call", "n_missing").to_pylist()} == n_missing
+    assert {name: run.call(name).missing for name in n_missing} == n_missing
+    whole = run.calls.filter(pc.field("n_missing") == 0)["call"].to_pylist()
+    assert whole == ["whole", "refused", "unasked"] and not run.call("lost").whole
 
 
 def test_a_call_is_whole_that_was_answered_and_lacks_no_row(tmp_path):
