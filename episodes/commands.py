@@ -62,20 +62,24 @@ def episodes(run: Path) -> None:
     """List a run's episodes.
 
     RUN is its directory. Per episode: calls, turns, tokens, rows that it stores, rows that it shares with other calls,
-    rows that are missing, bytes of its shard, and how many rows it would have stored for each that it did.
+    rows that are known to be missing, calls that lack rows, bytes of its shard, and how many rows it would have stored
+    for each that it did.
     """
     console().print(episodes_overview(open_run(run)))
 
 
 def episodes_overview(run: Run) -> Table:
-    """A line per episode and one for all: calls, turns, tokens, rows stored, rows shared, bytes, the saving."""
-    table = _table("episode", "status", "calls", "turns", "tokens", "rows", "shared", "missing", "bytes", "saving")
+    """A line per episode and one for all: calls, turns, tokens, rows stored, shared and missing, calls that lack rows,
+    bytes, the saving.
+    """
+    counts = ("calls", "turns", "tokens", "rows", "shared", "missing", "incomplete", "bytes")
+    table = _table("episode", "status", *counts, "saving")
     rows = run.episodes.to_pylist()
     for row in rows:
         table.add_row(row["episode"], row["status"], *_counts(row))
     if len(rows) > 1:
         table.add_section()
-        names = ("n_calls", "n_turns", "n_prompt", "n_completion", "n_rows", "n_shared", "n_missing", "n_bytes")
+        names = [name for name in rows[0] if name.startswith("n_")]
         table.add_row("all", "", *_counts({name: sum(row[name] for row in rows) for name in names}))
     return table
 
@@ -89,6 +93,7 @@ def _counts(row: dict[str, Any]) -> list[str]:
         f"{rows:,}",
         f"{shared:,}",
         f"{row['n_missing']:,}",
+        f"{row['n_incomplete']:,}",
         f"{row['n_bytes']:,}",
         f"{(rows + shared) / rows:.1f}×" if rows else "",
     ]

@@ -28,7 +28,9 @@
     agent_thread user_thread threads tied        tied: other threads that could stand in it as well
     n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the last turn, plus 1;
                                                  tokens: as far as they are known
-    n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's
+    n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's,
+                                                 as far as that is known
+    n_incomplete                                 its calls, without backfills, that lack rows: n_missing not 0, or null
     started ended shard n_bytes                  shard: its path in the run, null if it has none
 
 The file metadata `journal_bytes` says how much of the journal a table stands for, `journal_crc32` what the last of it
@@ -139,6 +141,7 @@ EPISODES = pa.schema(
         pa.field("n_rows", pa.int64()),
         pa.field("n_shared", pa.int64()),
         pa.field("n_missing", pa.int64()),
+        pa.field("n_incomplete", pa.int32()),
         pa.field("started", pa.timestamp("us", "UTC")),
         pa.field("ended", pa.timestamp("us", "UTC")),
         pa.field("shard", pa.string()),
@@ -347,6 +350,7 @@ class Totals(msgspec.Struct, frozen=True):
     n_rows: int
     n_shared: int
     n_missing: int
+    n_incomplete: int
     n_bytes: int
 
 
@@ -380,6 +384,7 @@ class Tally:
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
         self.counts.update({name: row[name] or 0 for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
         self.counts["n_calls"] += 1
+        self.counts["n_incomplete"] += row["n_missing"] != 0
         self.counts["n_positions"] += call.n_positions if call.points else 0
 
     def row(self, layout: Layout) -> dict[str, Any]:
@@ -400,6 +405,7 @@ class Tally:
             "n_rows": counts["n_rows"],
             "n_shared": counts["n_positions"] - counts["n_rows"] - counts["n_missing"],
             "n_missing": counts["n_missing"],
+            "n_incomplete": counts["n_incomplete"],
             "started": _us(self.started),
             "ended": _us(self.ended),
             "shard": str(layout.shard(name).relative_to(layout.root)) if sealed and sealed.n_rows else None,

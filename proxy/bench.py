@@ -399,6 +399,8 @@ def _lines(e: Eval) -> Iterator[str]:
     yield f"tau-bench: {n_tasks} tasks, {len(e.scores)} attempts, {n_passed} passed{f'; {hats}' if hats else ''}"
     if e.totals is not None:
         yield _recorded(e.totals)
+        if n_incomplete := e.totals.n_incomplete:
+            yield f"incomplete: {n_incomplete:,} of {e.totals.n_calls:,} calls lack rows: `tautap verify` names them"
     if e.joined is not None:
         yield f"joined: {e.joined.joined} of {len(e.scores)} results"
         yield from (f"no episode for {result}" for result in e.joined.results)
@@ -411,7 +413,8 @@ def _lines(e: Eval) -> Iterator[str]:
 
 def _recorded(t: Totals) -> str:
     saving = f" ({(t.n_rows + t.n_shared) / t.n_rows:.1f}×)" if t.n_rows else ""
+    missing = f"{t.n_missing:,} known to be missing" if t.n_incomplete else "0 missing"
     return (
         f"recorded: {t.n_episodes} episodes, {t.n_calls:,} calls, {t.n_prompt + t.n_completion:,} tokens; "
-        f"{t.n_rows:,} rows stored, {t.n_shared:,} shared{saving}, {t.n_missing:,} missing; {t.n_bytes / 1e6:,.1f} MB"
+        f"{t.n_rows:,} rows stored, {t.n_shared:,} shared{saving}, {missing}; {t.n_bytes / 1e6:,.1f} MB"
     )

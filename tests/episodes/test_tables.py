@@ -15,7 +15,8 @@ from episodes.run import open_run
 from episodes.store import Store
 from episodes.tables import CALLS, Index, totals
 from episodes.verify import problems
-from tests.episodes.test_store import POINTS, Writer, expected, flip, talk
+from episodes.wire import Sequence
+from tests.episodes.test_store import POINTS, Writer, expected, flip, invoke, talk
 
 THREADS = ("t-x", "t-y", "t-z", "t-q")
 
@@ -141,6 +142,37 @@ def test_tokens_of_calls_that_have_no_rows_are_those_that_their_replies_tell(tmp
         "3 + 1 tokens", "7 + 2 tokens", "? + ? tokens"
     ]  # fmt: skip
     assert list(problems(run)) == []
+
+
+@pytest.mark.parametrize("rolled", [True, False])
+def test_calls_that_lack_rows_are_counted(tmp_path, rolled):
+    """Of each episode and of the run: those with a hole and those that lost all, but for what another call has."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4])
+    known = [Sequence(0, [1, 2, 3], [4])]
+    for name, said in {
+        "c2": {"lost": "the worker died"},
+        "c3": {"lost": "the worker died", "sequences": known},
+        "c4": {"status": 404},
+        "c5": {"points": []},
+        "c6": {"role": "backfill", "lost": "the worker died"},
+    }.items():
+        writer.store.commit(msgspec.structs.replace(writer.call(name), **said))
+    writer.commit("d1", [5, 6], [7], computed=1, episode="f")
+    for episode in "ef":
+        writer.store.seal(episode)
+    if rolled:
+        writer.store.roll()
+    writer.store.link([Link("e", "tau-bench", "7", 0, 1.0, "transcript")])
+    check_same(writer.layout, tmp_path / "whole")
+    writer.store.roll()
+    run = writer.close()
+    rows = run.episodes.select(["episode", "n_calls", "n_missing", "n_incomplete"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [("e", 5, 0, 1), ("f", 1, 1, 1)]
+    assert totals(run.layout).n_incomplete == 2
+    lines = invoke("episodes", run.layout.root).output.splitlines()
+    at = lines[0].index("incomplete") + len("incomplete")
+    assert [line[:at].split()[-1] for line in lines if line.split()[0] in ("e", "f", "all")] == ["1", "1", "2"]
 
 
 @pytest.mark.parametrize("column", CALLS.names)

@@ -202,6 +202,21 @@ def test_a_proxy_that_runs_already_is_used(proxy, checkout, tmp_path, monkeypatc
     assert len(results(tmp_path / "results" / "elsewhere")) == 2
 
 
+def test_the_summary_says_how_many_calls_lost_rows(proxy, stub, checkout, tmp_path):
+    """And nothing of the kind where none has."""
+    ours = ["--tau-bench", checkout, "--base-url", proxy.url]
+    theirs = ["--", "--task-ids", "1", "--log-dir", tmp_path / "logs"]
+    good = bench(*ours, "--run", "good", *theirs)
+    assert ", 0 missing;" in good.stdout and "incomplete" not in good.stdout
+    stub.stub.engine.fail_captures = "the spool is full"
+    lost = bench(*ours, "--run", "lost", *theirs)
+    assert lost.returncode == 0, lost.stderr
+    run = open_run(proxy.config.data / "lost")
+    n_calls, n_missing = len(run.history.calls), sum(run.episodes["n_missing"].to_pylist())
+    assert f" {n_missing:,} known to be missing;" in lost.stdout
+    assert f"incomplete: {n_calls} of {n_calls} calls lack rows" in lost.stdout
+
+
 def test_an_installed_package_is_run_too(proxy, checkout, tmp_path, monkeypatch):
     """One without a checkout's run.py; values become what its RunConfig wants."""
     (checkout / "run.py").unlink()
