@@ -130,6 +130,11 @@ class Group(NamedTuple):
 WARMUPS = "warmups"
 
 
+def n_episodes(names: Iterable[str]) -> int:
+    """How many episodes these are: the calls before there is a task are none, though they have a name as one."""
+    return sum(name != WARMUPS for name in names)
+
+
 class Cast:
     """The open threads of a run. Not safe to call from several threads of the process at once."""
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from episodes.cast import n_episodes
 from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
 from episodes.messages import JSON, objects, parse_object, reply_messages
@@ -46,7 +47,7 @@ def runs(data: Path) -> None:
             path.name,
             recorded.model if recorded else "",
             " ".join(recorded.points) if recorded else "",
-            str(len(run.names)),
+            str(n_episodes(run.names)),
             str(sum(run.episodes["n_calls"].to_pylist())),
             f"{sum(run.episodes['n_rows'].to_pylist()):,}",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.about.created)),
@@ -187,7 +188,7 @@ def seal(run: Path) -> None:
             store.roll()
     finally:
         store.close()
-    echo(f"sealed {len(sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
+    echo(f"sealed {n_episodes(s.episode for s in sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
 
 
 @click.command()
@@ -274,7 +275,7 @@ def verify(context: click.Context, run: Path) -> None:
         echo(problem)
     history = opened.outline
     echo(
-        f"{len(history.episodes)} episodes, {len(history.calls)} calls, "
+        f"{n_episodes(history.episodes)} episodes, {len(history.calls)} calls, "
         f"{sum(call.n_kept for call in history.calls.values()):,} rows: "
         f"{f'{len(found)} problems' if found else 'all there'}"
     )

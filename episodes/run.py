@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 
 from episodes import checkpoint, journal, records
+from episodes.cast import n_episodes
 from episodes.errors import BadInput, BadName, CorruptFile, MissingRows, UnknownPoint
 from episodes.history import History
 from episodes.layout import Layout, existing
@@ -61,7 +62,7 @@ class Run:
             self._members.setdefault(entry.episode, []).append(call)
 
     def __repr__(self) -> str:
-        return f"<Run {self.layout.root}: {len(self._members)} episodes, {len(self._calls)} calls>"
+        return f"<Run {self.layout.root}: {n_episodes(self.names)} episodes, {len(self._calls)} calls>"
 
     def _read_tail(self) -> None:
         now = checkpoint.state(self.layout) if self.index else None

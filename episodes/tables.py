@@ -56,7 +56,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from episodes import journal
-from episodes.cast import WARMUPS
+from episodes.cast import n_episodes
 from episodes.errors import CorruptFile
 from episodes.history import Episode, History
 from episodes.layout import Layout, whole
@@ -359,7 +359,7 @@ def totals(layout: Layout) -> Totals:
     names = [name for name in Totals.__struct_fields__ if name != "n_episodes"]
     table = pq.read_table(layout.episodes, columns=["episode", *names])
     sums = {name: pc.sum(table[name]).as_py() or 0 for name in names}
-    return Totals(sum(name != WARMUPS for name in table["episode"].to_pylist()), **sums)
+    return Totals(n_episodes(table["episode"].to_pylist()), **sums)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from episodes.cast import Group
+from episodes.cast import WARMUPS, Group
 from episodes.commands import COMMANDS
 from episodes.errors import (
     BadInput,
@@ -36,6 +36,7 @@ from episodes.records import Call, Model
 from episodes.run import open_run
 from episodes.shards import count_nonfinite
 from episodes.store import Store, being_written
+from episodes.tables import totals
 from episodes.verify import problems
 from episodes.wire import Sequence, join
 from worker.spool import SpoolFile, spooled
@@ -755,6 +756,19 @@ def test_the_commands_read_a_run(tmp_path):
     assert good.exit_code == 0 and good.output == "2 episodes, 3 calls, 9 rows: all there\n"
     writer.layout.shard("e").unlink()
     assert invoke("verify", run).exit_code == 1
+
+
+def test_warmups_are_no_episode_wherever_episodes_are_counted(tmp_path):
+    """Their calls are counted, and they are listed as if they were one."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [4])
+    writer.commit("c2", [5, 6], [7], episode=WARMUPS)
+    assert repr(writer.close()) == f"<Run {writer.layout.root}: 1 episodes, 2 calls>"
+    assert invoke("runs", tmp_path).output.splitlines()[1].split()[-5:-2] == ["1", "2", "5"]
+    assert invoke("verify", writer.layout.root).output == "1 episodes, 2 calls, 5 rows: all there\n"
+    assert invoke("seal", writer.layout.root).output == "sealed 1 episodes, 5 rows\n"
+    assert (totals(writer.layout).n_episodes, totals(writer.layout).n_calls) == (1, 2)
+    assert WARMUPS in invoke("episodes", writer.layout.root).output
 
 
 @pytest.mark.parametrize(
