@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from episodes.cast import n_episodes
 from episodes.errors import BadInput, BadRun
 from episodes.layout import Layout
-from episodes.messages import JSON, objects, parse_object, reply_messages
+from episodes.messages import JSON, canonical, objects, parse_object, reply_messages
 from episodes.outline import Outline
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
@@ -112,34 +113,44 @@ def show(run: Path, episode: str | None) -> None:
     if not opened.names:
         raise BadRun(f"{run} holds no episode yet")
     name = episode or opened.names[0]
-    said: dict[str, int] = {}
+    said: dict[str, list[JSON]] = {}
     for call in opened.episode(name):
-        _show_call(console(), call, said.get(call.record.thread, 0))
-        said[call.record.thread] = len(_request_messages(call)) + 1
+        thread = call.record.thread
+        said[thread] = _show_call(console(), call, said.get(thread, []))
 
 
 def _request_messages(call: Call) -> list[JSON]:
     fields = parse_object(call.record.request.encode()) or {}
     if "prompt" in fields:
-        return [{"role": "prompt", "content": fields["prompt"]}]
+        return [{"role": "prompt", "content": _text(fields["prompt"])}]
     return objects(fields.get("messages"))
 
 
-def _show_call(out: Console, call: Call, already: int) -> None:
-    """Print what a call adds to its conversation. already: messages printed before."""
+def _n_alike(messages: list[JSON], others: list[JSON]) -> int:
+    """How many messages two conversations begin with alike."""
+    alike = (canonical(one) == canonical(other) for one, other in zip(messages, others, strict=False))
+    return sum(takewhile(bool, alike))
+
+
+def _show_call(out: Console, call: Call, before: list[JSON]) -> list[JSON]:
+    """Print what a call adds to its conversation; returns that up to its reply. before: as the call before returned it,
+    which may have been a branch, or be gone on from without its reply
+    """
     record = call.record
-    for message in _request_messages(call)[already:]:
+    asked = _request_messages(call)
+    for message in asked[_n_alike(asked, before) :]:
         _say(out, str(message.get("role")), message)
     repeat = f", attempt {record.attempt} ({record.kind})" if record.attempt else ""
     head = f"{record.thread} {record.role}, turn {record.turn}{repeat}, {record.id}"
     out.rule(Text(head, "dim"), align="left", characters="·")
     reply = parse_object(record.reply.encode()) or {}
-    for message in reply_messages(reply):
+    replies = reply_messages(reply)
+    for message in replies:
         _say(out, "assistant", message)
     for choice in objects(reply.get("choices")):
         if "text" in choice:
             _say(out, "completion", {"content": choice["text"]})
-    if record.status != 200:
+    if record.status != 200 or record.error:
         out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red")
     for sequence in record.sequences:
         spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
@@ -147,6 +158,7 @@ def _show_call(out: Console, call: Call, already: int) -> None:
         out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan")
     if record.lost and (call.missing or not record.sequences):
         out.print(f"  no activations: {record.lost}", style="red")
+    return asked + replies[:1]
 
 
 def _span(source: str | None, span: Any, own: str) -> str:
@@ -155,12 +167,14 @@ def _span(source: str | None, span: Any, own: str) -> str:
 
 
 def _say(out: Console, role: str, message: JSON) -> None:
-    content = message.get("content")
-    text = content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
     out.print(role, style="bold", end=" ")
-    out.print(text)
+    out.print(_text(message.get("content")))
     for function in objects([call.get("function") for call in objects(message.get("tool_calls"))]):
         out.print(f"  → {function.get('name')}({function.get('arguments')})", style="yellow")
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else msgspec.json.encode(content).decode() if content else ""
 
 
 @click.command()

@@ -800,6 +800,48 @@ def test_an_episode_that_cannot_be_sealed_does_not_keep_the_others_from_it(tmp_p
     assert "1 results joined" in done.output and episodes["f"]["task_id"] == "3"
 
 
+def test_what_a_call_adds_to_its_conversation_is_shown_and_of_a_branch_too(tmp_path):
+    """It asks beside the turn, without its reply; then the one that the conversation goes on from is said again."""
+    writer = Writer(tmp_path)
+    for number, said in enumerate(
+        [
+            ["user one", "assistant two"],
+            ["user one", "assistant two"],
+            ["user one", "user reflect", "assistant better"],
+            ["user one", "assistant better", "user three", "assistant four"],
+            ["user one", "assistant better", "user three", "assistant four", "user five", "assistant six"],
+        ]
+    ):
+        *asked, reply = [dict(zip(("role", "content"), line.split(), strict=True)) for line in said]
+        texts = {"request": {"messages": asked}, "reply": {"choices": [{"message": reply}]}}
+        texts = {name: json.dumps(text) for name, text in texts.items()}
+        writer.store.commit(msgspec.structs.replace(writer.call(f"c{number}", points=[]), **texts))
+    writer.close()
+    shown = [line for line in invoke("show", writer.layout.root).output.splitlines() if "·" not in line]
+    assert [line.rstrip() for line in shown] == [
+        "user one", "assistant two", "assistant two", "user reflect", "assistant better", "assistant better",
+        "user three", "assistant four", "user five", "assistant six",
+    ]  # fmt: skip
+
+
+def test_prompts_of_completions_are_shown_whatever_they_are(tmp_path):
+    writer = Writer(tmp_path)
+    for name, prompt in {"c1": [1, 2], "c2": [3], "c3": "text"}.items():
+        request = json.dumps({"prompt": prompt})
+        writer.store.commit(msgspec.structs.replace(writer.call(name, points=[]), request=request, reply=""))
+    writer.close()
+    lines = invoke("show", writer.layout.root).output.splitlines()
+    assert [line for line in lines if line.startswith("prompt")] == ["prompt [1,2]", "prompt [3]", "prompt text"]
+
+
+def test_why_a_reply_broke_off_is_shown_though_its_status_was_good(tmp_path):
+    writer = Writer(tmp_path)
+    error = "the worker failed: told to fail"
+    writer.store.commit(msgspec.structs.replace(writer.call("c1", points=[]), error=error))
+    writer.close()
+    assert f"  HTTP 200: {error}\n" in invoke("show", writer.layout.root).output
+
+
 @pytest.mark.parametrize(
     "said",
     [
