@@ -16,6 +16,8 @@ DONE = b"[DONE]"
 # Larger than any event with activations in it: a body without an end of an event is none.
 EVENT_LIMIT = 256 << 20
 TEXTS = ("content", "reasoning", "reasoning_content", "refusal")
+# What a client may ask for beside what was said, a choice's own.
+BESIDE = ("logprobs", "token_ids", "prompt_token_ids", "stop_reason")
 
 
 class Events:
@@ -93,10 +95,14 @@ class _Choice:
     def __init__(self) -> None:
         self._texts: dict[str, list[str]] = {}
         self._calls: dict[int, _ToolCall] = {}
+        self._beside: JSON = {}
         self._finish_reason: str | None = None
 
     def grow(self, part: JSON) -> None:
         self._finish_reason = _text(part.get("finish_reason")) or self._finish_reason
+        for name in BESIDE:
+            if (piece := part.get(name)) is not None:
+                self._beside[name] = _joined(self._beside.get(name), piece)
         if "text" in part:
             self._texts.setdefault("text", []).append(_text(part["text"]))
         delta = part.get("delta")
@@ -110,13 +116,13 @@ class _Choice:
 
     def whole(self) -> JSON:
         texts: JSON = {name: "".join(pieces) for name, pieces in self._texts.items()}
-        reason: JSON = {"finish_reason": self._finish_reason} if self._finish_reason else {}
+        others = self._beside | ({"finish_reason": self._finish_reason} if self._finish_reason else {})
         if "text" in texts:
-            return reason | texts
+            return others | texts
         message = {"role": "assistant", "content": None, **texts}
         if self._calls:
             message["tool_calls"] = [self._calls[index].whole() for index in sorted(self._calls)]
-        return reason | {"message": message}
+        return others | {"message": message}
 
 
 class _ToolCall:
@@ -135,6 +141,17 @@ class _ToolCall:
     def whole(self) -> JSON:
         function = {"name": "".join(self._name), "arguments": "".join(self._arguments)}
         return {"id": self._id, "type": "function", "function": function}
+
+
+def _joined(before: Any, piece: Any) -> Any:
+    """What has come of a value so far, grown in place: lists go on, objects field by field, else it is the last."""
+    if isinstance(before, list) and isinstance(piece, list):
+        before += piece
+        return before
+    if isinstance(before, dict) and isinstance(piece, dict):
+        before.update({name: _joined(before.get(name), more) for name, more in piece.items() if more is not None})
+        return before
+    return piece
 
 
 def _objects(value: Any) -> Iterator[JSON]:

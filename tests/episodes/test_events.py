@@ -73,6 +73,36 @@ def test_choices_of_a_stream_are_kept_apart():
     assert [m["content"] for m in reply_messages(reply)] == ["ac", "b"]
 
 
+def with_choice(said):
+    return b"data: " + json.dumps({"choices": [{"index": 0, "stop_reason": None, **said}]}).encode() + b"\n\n"
+
+
+def test_what_a_client_asked_for_beside_a_chats_text_is_kept():
+    """Log probabilities and token ids of all events, the last reason to stop; nothing of what was null in all."""
+    tokens = [{"token": token, "logprob": -1.5, "top_logprobs": []} for token in ("a", "b", "c")]
+    said = [{"content": part, "refusal": None} for part in (tokens[:2], tokens[2:])]
+    reply = spelt(
+        [
+            with_choice({"delta": {"role": "assistant", "content": ""}, "logprobs": None, "token_ids": None}),
+            with_choice({"delta": {"content": "ab"}, "logprobs": said[0], "token_ids": [1, 2]}),
+            with_choice({"delta": {"content": "c"}, "logprobs": said[1]}),
+            with_choice({"delta": {}, "logprobs": None, "token_ids": [3], "stop_reason": 3}),
+        ]
+    )
+    beside = {"logprobs": {"content": tokens, "refusal": None}, "token_ids": [1, 2, 3], "stop_reason": 3}
+    message = {"role": "assistant", "content": "abc"}
+    assert reply["choices"] == [{"index": 0, "message": message, **beside}]
+    (plain,) = spelt([with_choice({"delta": {"content": "a"}, "logprobs": None})])["choices"]
+    assert plain.keys() == {"index", "message"}
+
+
+def test_the_four_lists_of_a_completions_log_probabilities_go_on_side_by_side():
+    lists = {"text_offset": [0, 1], "token_logprobs": [None, -1.5], "tokens": ["a", "b"], "top_logprobs": [None, {}]}
+    pieces = [{name: values[i : i + 1] for name, values in lists.items()} for i in range(2)]
+    reply = spelt([with_choice({"text": text, "logprobs": part}) for text, part in zip("ab", pieces, strict=True)])
+    assert reply["choices"] == [{"index": 0, "text": "ab", "logprobs": lists}]
+
+
 def test_the_usage_that_a_stream_ends_with_is_its_replys():
     """Of several, as after each token, it is the last."""
     counts = [{"prompt_tokens": 7, "completion_tokens": n} for n in (1, 2)]
@@ -109,7 +139,10 @@ JSONS = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["choices", "index", "delta", "tool_calls", "function", "text", "error"]), inner
+            st.sampled_from(
+                ["choices", "index", "delta", "tool_calls", "function", "text", "error", "logprobs", "token_ids"]
+            ),
+            inner,
         )
     ),
 )
