@@ -15,9 +15,10 @@ from rich.text import Text
 
 from episodes.cast import n_episodes
 from episodes.errors import BadInput, BadRun
-from episodes.layout import Layout
+from episodes.layout import existing
 from episodes.messages import JSON, canonical, objects, parse_object, reply_messages
 from episodes.outline import Outline
+from episodes.rows import Span
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
 from episodes.taubench import DIALECT, Links, find_links, read_results, read_tasks
@@ -153,7 +154,7 @@ def _show_call(out: Console, call: Call, before: list[JSON]) -> list[JSON]:
     if record.status != 200 or record.error:
         out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red")
     for sequence in record.sequences:
-        spans = ", ".join(_span(s.owner.call if s.owner else None, s, record.id) for s in call.spans(sequence.choice))
+        spans = ", ".join(_span(span, record.id) for span in call.spans(sequence.choice))
         tokens = f"{len(sequence.prompt_token_ids)} + {len(sequence.completion_token_ids)} tokens"
         out.print(f"  {tokens}; rows: {spans or 'none'}", style="cyan")
     if record.lost and (call.missing or not record.sequences):
@@ -161,8 +162,9 @@ def _show_call(out: Console, call: Call, before: list[JSON]) -> list[JSON]:
     return asked + replies[:1]
 
 
-def _span(source: str | None, span: Any, own: str) -> str:
-    where = "missing" if source is None else "stored here" if source == own else f"of {source}"
+def _span(span: Span, own: str) -> str:
+    owner = span.owner
+    where = "missing" if owner is None else "stored here" if owner.call == own else f"of {owner.call}"
     return f"{span.start}–{span.stop} {where}"
 
 
@@ -187,19 +189,13 @@ def seal(run: Path) -> None:
     the worker has are lost then. Start a proxy on the run instead, and it fetches them. Episodes that cannot be sealed,
     for a file is damaged, are left and said; the exit code is 1 then.
     """
-    layout = Layout(run)
-    if not layout.run.exists():
-        raise BadRun(f"{run} is not a run: it has no run.json")
-    store = Store(layout)
+    store = Store(existing(run))
     try:
         for recovered in store.recovered:
             echo(recovered)
         for call in store.left:
             echo(f"call {call.id}: {call.error}; recorded with what there is")
-        try:
-            sealed = store.seal_all(DIALECT)
-        finally:  # of what could be sealed
-            store.roll()
+        sealed = store.finish(DIALECT)
     finally:
         store.close()
     echo(f"sealed {n_episodes(s.episode for s in sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
@@ -224,16 +220,13 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
     """
     entries = [entry for path in results for entry in read_results(path)]
     tasks = _tasks(tau_bench, env, split or "test") if tau_bench else {}
-    layout = Layout(run)
-    if not layout.run.exists():
-        raise BadRun(f"{run} is not a run: it has no run.json")
-    store, failed = Store(layout), None
+    store, failed = Store(existing(run)), None
     try:
         try:
             store.seal_all(DIALECT)
         except BadRun as error:  # its episodes are joined all the same
             failed = error
-        found = find_links(Outline(layout), entries, env, split, tasks)
+        found = find_links(Outline(store.layout), entries, env, split, tasks)
         if entries and not found.links:
             names = ", ".join(path.name for path in results)
             raise BadInput(

@@ -6,10 +6,9 @@ Pure: bytes in, values out. Nothing that a worker sends makes this raise.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
-from episodes.messages import JSON, parse_object, without_activations
+from episodes.messages import JSON, objects, parse_object, without_activations
 
 END = re.compile(rb"\n\r?\n")
 DONE = b"[DONE]"
@@ -77,7 +76,7 @@ class Transcript:
         chunk = parse_object(kept)
         if chunk is not None:
             self._fields.update({name: value for name, value in chunk.items() if value is not None})
-            for part in _objects(chunk.get("choices")):
+            for part in objects(chunk.get("choices")):
                 self._choices.setdefault(_index(part), _Choice()).grow(part)
         if not taken:
             return event
@@ -111,7 +110,7 @@ class _Choice:
         for name in TEXTS:
             if piece := _text(delta.get(name)):
                 self._texts.setdefault(name, []).append(piece)
-        for call in _objects(delta.get("tool_calls")):
+        for call in objects(delta.get("tool_calls")):
             self._calls.setdefault(_index(call), _ToolCall()).grow(call)
 
     def whole(self) -> JSON:
@@ -152,10 +151,6 @@ def _joined(before: Any, piece: Any) -> Any:
         before.update({name: _joined(before.get(name), more) for name, more in piece.items() if more is not None})
         return before
     return piece
-
-
-def _objects(value: Any) -> Iterator[JSON]:
-    return (item for item in (value if isinstance(value, list) else []) if isinstance(item, dict))
 
 
 def _index(part: JSON) -> int:

@@ -33,6 +33,11 @@ class Span(NamedTuple):
     stop: int
 
 
+def n_missing(spans: Iterable[Span]) -> int:
+    """How many positions nobody stored the row of."""
+    return sum(span.stop - span.start for span in spans if span.owner is None)
+
+
 class Stretch(NamedTuple):
     """Tokens behind one another and the owner of all their rows. depth: how many stretches precede it in its prefix."""
 

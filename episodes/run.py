@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from episodes.errors import BadInput, BadName, CorruptFile, MissingRows, Unknown
 from episodes.history import History
 from episodes.layout import Layout, existing
 from episodes.outline import Outline
-from episodes.rows import Owner, Span
+from episodes.rows import Owner, Span, n_missing
 from episodes.shards import Shard
 from episodes.store import check_journal, read_run
 from episodes.tables import CALLS, Entry, Index, Roll
@@ -222,8 +222,7 @@ class Call:
         """Positions that should have a row and have none; None if it lost them all and they are not known."""
         if self.record.uncounted:
             return None
-        spans = self.run.spans(self.record).values()
-        return sum(span.stop - span.start for own in spans for span in own if span.owner is None)
+        return n_missing(chain.from_iterable(self.run.spans(self.record).values()))
 
     def positions(self, choice: int = 0) -> NDArray[np.int32]:
         """[positions]: the ones that have a row: all but the last sampled token's, or those that were asked for."""

@@ -5,7 +5,8 @@
     call episode thread role turn attempt kind   where it belongs, as in `episodes.records.Call`
     endpoint model request reply                 what was asked and answered, JSON texts
     started first_byte ended                     first_byte: null if no reply began
-    status finish_reason error                   HTTP status, 0 if none; `length` if cut short; why the reply failed
+    status finish_reason error                   HTTP status, 0 if none; `length` if its first choice was cut short;
+                                                 why the reply failed
     lost foreign                                 why activations were lost, which a backfill may have had since; whether
                                                  the backend sent some of its own
     n_prompt n_completion                        tokens, of all choices; without `sequences` what the reply's `usage`
@@ -26,7 +27,7 @@
     linked_by link_tied                          `transcript`, `instruction` or `order`, the weakest; other episodes
                                                  that the result fits as well
     agent_thread user_thread threads tied        tied: other threads that could stand in it as well
-    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the last turn, plus 1;
+    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the agent's;
                                                  tokens: as far as they are known
     n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's,
                                                  as far as that is known
@@ -61,7 +62,7 @@ from episodes.errors import CorruptFile
 from episodes.history import Episode, History
 from episodes.layout import Layout, whole
 from episodes.records import BACKFILL, Call, Record
-from episodes.rows import Owner, Span
+from episodes.rows import Owner, Span, n_missing
 
 SPAN = pa.struct(
     [
@@ -150,6 +151,8 @@ EPISODES = pa.schema(
 )
 
 
+# The columns of CALLS that hold what a record has under their name.
+AS_RECORDED = [name for name in CALLS.names if hasattr(Call, name)]
 BATCH = 256
 JOURNAL_BYTES, JOURNAL_CRC32 = b"journal_bytes", b"journal_crc32"
 
@@ -341,7 +344,9 @@ class Entry(NamedTuple):
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What all episodes of a run hold together, columns as in EPISODES. n_episodes: without the warmups."""
+    """What all episodes of a run hold together, columns as in EPISODES. n_episodes: without the warmups. n_waiting: the
+    calls beside these that are not over, or whose rows have not come.
+    """
 
     n_episodes: int
     n_calls: int
@@ -352,11 +357,12 @@ class Totals(msgspec.Struct, frozen=True):
     n_missing: int
     n_incomplete: int
     n_bytes: int
+    n_waiting: int = 0
 
 
 def totals(layout: Layout) -> Totals:
     """What the run's index adds up to, as of when it was rolled."""
-    names = [name for name in Totals.__struct_fields__ if name != "n_episodes"]
+    names = [name for name in Totals.__struct_fields__ if name in EPISODES.names]
     table = pq.read_table(layout.episodes, columns=["episode", *names])
     sums = {name: pc.sum(table[name]).as_py() or 0 for name in names}
     return Totals(n_episodes(table["episode"].to_pylist()), **sums)
@@ -380,7 +386,8 @@ class Tally:
             self.counts["n_rows"] += row["n_rows"]
             return
         self.threads[call.thread] = call.role
-        self.n_turns = max(self.n_turns, call.turn + 1)
+        if call.role == "agent":
+            self.n_turns = max(self.n_turns, call.turn + 1)
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
         self.counts.update({name: row[name] or 0 for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
         self.counts["n_calls"] += 1
@@ -430,60 +437,19 @@ class Tally:
 
 
 def _call_row(history: History, call: Call) -> dict[str, Any]:
-    spans = history.spans(call)
+    spans = [(choice, span) for choice, part in history.spans(call).items() for span in part]
     return {
+        **{name: getattr(call, name) for name in AS_RECORDED},
         "call": call.id,
-        "episode": call.episode,
-        "thread": call.thread,
-        "role": call.role,
-        "turn": call.turn,
-        "attempt": call.attempt,
-        "kind": call.kind,
-        "endpoint": call.endpoint,
-        "model": call.model,
         "started": _us(call.started),
         "first_byte": _us(call.first_byte),
         "ended": _us(call.ended),
-        "status": call.status,
-        "finish_reason": call.finish_reason,
-        "error": call.error,
-        "lost": call.lost,
-        "foreign": call.foreign,
-        "n_prompt": call.n_prompt,
         "n_cached": sum(s.n_cached for s in call.sequences),
-        "n_completion": call.n_completion,
         "n_rows": call.n_kept,
-        "n_missing": None if call.uncounted else _n_missing(spans),
-        "points": call.points,
-        "tokens": call.tokens,
-        "spans": [
-            {
-                "choice": choice,
-                "call": span.owner.call if span.owner else None,
-                "source_choice": span.owner.choice if span.owner else None,
-                "start": span.start,
-                "stop": span.stop,
-            }
-            for choice, part in spans.items()
-            for span in part
-        ],
-        "sequences": [
-            {
-                "choice": s.choice,
-                "prompt_token_ids": s.prompt_token_ids,
-                "completion_token_ids": s.completion_token_ids,
-                "finish_reason": s.finish_reason,
-                "n_cached": s.n_cached,
-            }
-            for s in call.sequences
-        ],
-        "request": call.request,
-        "reply": call.reply,
+        "n_missing": None if call.uncounted else n_missing(span for _, span in spans),
+        "spans": [(choice, *(span.owner or (None, None)), span.start, span.stop) for choice, span in spans],
+        "sequences": [{f.name: getattr(s, f.name) for f in SEQUENCE} for s in call.sequences],
     }
-
-
-def _n_missing(spans: dict[int, list[Span]]) -> int:
-    return sum(span.stop - span.start for own in spans.values() for span in own if span.owner is None)
 
 
 def _us(seconds: float | None) -> int | None:

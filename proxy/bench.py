@@ -399,6 +399,8 @@ def _lines(e: Eval) -> Iterator[str]:
     yield f"tau-bench: {n_tasks} tasks, {len(e.scores)} attempts, {n_passed} passed{f'; {hats}' if hats else ''}"
     if e.totals is not None:
         yield _recorded(e.totals)
+        if n_waiting := e.totals.n_waiting:
+            yield f"waiting: {n_waiting:,} calls more were not recorded by then: `tautap top` shows them"
         if n_incomplete := e.totals.n_incomplete:
             yield f"incomplete: {n_incomplete:,} of {e.totals.n_calls:,} calls lack rows: `tautap verify` names them"
     if e.joined is not None:

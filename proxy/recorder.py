@@ -499,14 +499,16 @@ class Recording:
             self._touched.pop(thread, None)
 
     async def finish(self) -> Totals:
-        """Wait for the calls that are under way, a while for those that have no reply yet; seal every episode that is
-        quiet then, and roll the index. The run goes on. Returns what it holds.
+        """Wait a while for the calls that are under way; seal every episode that is quiet then, and roll the index. The
+        run goes on. Returns what it holds, and how many calls were waited for in vain.
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._under_way.over(), SETTLE_S)
+        n_waiting = len(self._under_way)
         await self.seal(0)
         await self._on_disk(self._store.roll)
-        return await asyncio.to_thread(totals, self._store.layout)
+        found = await asyncio.to_thread(totals, self._store.layout)
+        return msgspec.structs.replace(found, n_waiting=n_waiting)
 
     async def link(
         self, results: list[Result], env: str | None, split: str | None, tasks: Mapping[int, str]

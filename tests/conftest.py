@@ -114,6 +114,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def slowly(monkeypatch: pytest.MonkeyPatch, method: tuple[type, str], seconds: float) -> None:
+    """Have an asynchronous method take so much longer."""
+    of, name = method
+    was = getattr(of, name)
+
+    async def slow(*args: Any) -> Any:
+        await asyncio.sleep(seconds)
+        return await was(*args)
+
+    monkeypatch.setattr(of, name, slow)
+
+
 def until(condition: Callable[[], bool], what: str, limit_s: float = 20) -> None:
     """Wait for something another thread or process does."""
     deadline = time.monotonic() + limit_s

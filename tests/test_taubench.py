@@ -271,6 +271,10 @@ def test_episodes_are_counted_as_the_tables_have_them(tmp_path):
             until(lambda: metered("queue") == 0, "it to be recorded")
             assert metered("episodes_live") == 1
             assert seal()["n_episodes"] == metered("episodes_sealed_total") == n_episodes
+    run = open_run(tmp_path / "data" / "r")
+    turns = {name: [call.turn for call in e.calls if call.role == "agent"] for name, e in run.history.episodes.items()}
+    found = {row["episode"]: row["n_turns"] for row in run.episodes.to_pylist()}
+    assert found == {name: max(of, default=-1) + 1 for name, of in turns.items()}
 
 
 def test_what_a_killed_proxy_left_is_paired_and_linked(tmp_path):

@@ -5,7 +5,8 @@ import threading
 import pytest
 
 from episodes.run import open_run
-from tests.conftest import proxy_to, until
+from proxy.backend import Backend
+from tests.conftest import proxy_to, slowly, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
 
@@ -69,12 +70,26 @@ def test_sealing_waits_for_what_is_under_way(proxy, stub, http):
     run = proxy.open()
     assert {e.status for e in run.history.episodes.values()} == {"sealed"}
     (row,) = run.episodes.to_pylist()
-    assert sealed == {"n_episodes": 1} | {name: row[name] for name in sealed if name != "n_episodes"}
+    assert sealed == {name: row[name] for name in sealed if name in row} | {"n_episodes": 1, "n_waiting": 0}
     assert sealed["n_calls"] == 1 and sealed["n_rows"] == row["n_rows"] > 0
     converse(proxy.client(), "slow", 2)
     committed(proxy, 3)
     proxy.stop()
     check_rows(proxy.open())
+
+
+def test_a_seal_says_what_it_did_not_wait_for(proxy, stub, http, monkeypatch):
+    """A call whose rows do not come: the worker has died, or is slow."""
+    monkeypatch.setattr("proxy.recorder.SETTLE_S", 0.5)
+    converse(proxy.client(), "quick", 1)
+    committed(proxy, 1)
+    slowly(monkeypatch, (Backend, "claim"), 3)
+    converse(proxy.client(), "slow", 1)
+    sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
+    assert (sealed["n_calls"], sealed["n_waiting"]) == (1, 1)
+    committed(proxy, 2)
+    sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
+    assert (sealed["n_calls"], sealed["n_waiting"]) == (2, 0)
 
 
 def test_results_are_joined_while_the_proxy_runs(proxy, http):

@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from episodes.run import open_run
+from episodes.tables import Totals
 from episodes.taubench import Score, pass_hat
+from proxy.bench import Eval, _lines
+from proxy.flags import parse
 from tests.conftest import free_port, until
 from tests.proxy.test_server import check_rows
 from tests.stub import MODEL
@@ -200,6 +203,13 @@ def test_a_proxy_that_runs_already_is_used(proxy, checkout, tmp_path, monkeypatc
     assert rewards(run) == {(1, 0): 0.0, (2, 0): 1.0}
     assert {e.status for e in run.history.episodes.values()} == {"sealed"}
     assert len(results(tmp_path / "results" / "elsewhere")) == 2
+
+
+def test_the_summary_says_what_had_not_come_by_then(tmp_path):
+    flags = parse(["--model", "m", "--user-model", "u", "--log-dir", str(tmp_path)])
+    totals = Totals(*range(len(Totals.__struct_fields__) - 1), n_waiting=12)
+    said = "\n".join(_lines(Eval("r", flags, tmp_path, "data/r", totals=totals)))
+    assert "waiting: 12 calls more" in said
 
 
 def test_the_summary_says_how_many_calls_lost_rows(proxy, stub, checkout, tmp_path):

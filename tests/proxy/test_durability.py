@@ -1,6 +1,5 @@
 """The proxy and its disk: killed after a reply, full, and told to reply only after the commit."""
 
-import asyncio
 import errno
 import os
 import signal
@@ -18,7 +17,7 @@ from episodes.verify import problems
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
 from proxy.config import Timeouts
-from tests.conftest import free_port, proxy_to, until
+from tests.conftest import free_port, proxy_to, slowly, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import MODEL
 
@@ -132,13 +131,7 @@ def test_a_call_that_cannot_be_noted_is_recorded_as_what_its_client_got(stub, tm
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_worker_is_not_blamed_for_the_time_that_its_calls_are_recorded_in(stub, tmp_path, monkeypatch, stream):
-    claim = Backend.claim
-
-    async def slow(self, call, into, *limits):
-        await asyncio.sleep(1)
-        await claim(self, call, into, *limits)
-
-    monkeypatch.setattr(Backend, "claim", slow)
+    slowly(monkeypatch, (Backend, "claim"), 1)
     with proxy_to(stub.url, tmp_path, durability="sync", timeouts=Timeouts(idle_s=0.5)) as proxy:
         converse(proxy.client(), "slow", 1, stream)
     check_rows(proxy.open())

@@ -15,7 +15,7 @@ from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
 from proxy.metrics import N_REASONS, OTHER, Metrics
 from proxy.recorder import Recording
-from tests.conftest import free_port, proxy_to, until
+from tests.conftest import free_port, proxy_to, slowly, until
 from tests.proxy.test_server import committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
 
@@ -152,18 +152,6 @@ def test_a_capture_is_lost_once_however_often_the_disk_refuses_it(proxy, stub, m
     assert metered("commit_seconds_count") == 1
     converse(proxy.client(), "next", 1)
     assert Capture.parse(stub.stub.headers[-1][CAPTURE_HEADER.lower()]).salt.endswith(".1")
-
-
-def slowly(monkeypatch, method, seconds):
-    """Have what a backend or a recording does take so much longer."""
-    of, name = method
-    was = getattr(of, name)
-
-    async def slow(*args):
-        await asyncio.sleep(seconds)
-        return await was(*args)
-
-    monkeypatch.setattr(of, name, slow)
 
 
 def test_what_a_client_waits_for_is_counted(stub, tmp_path, http, monkeypatch):
