@@ -114,7 +114,8 @@ class Kept(msgspec.Struct, frozen=True, array_like=True):
 class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
     """One request and its reply, as committed.
 
-    started, first_byte, ended: unix seconds. status: the HTTP status that the client got, 0 if none.
+    started, first_byte, ended: unix seconds; first_byte: of the reply's body. status: the HTTP status that the client
+    got, or was to get once this is on disk (`--durability sync`); 0 if none.
     request, reply: JSON texts. points, tokens: what was asked of the worker; no points if the call was not captured.
     sequences: the engine's token ids. kept: the rows this call stores, all in its live file or shard.
     episode: as far as was known when the call began: a `Pair` may move its thread unless it is named, which is to say
