@@ -16,7 +16,7 @@ DONE = b"[DONE]"
 EVENT_LIMIT = 256 << 20
 TEXTS = ("content", "reasoning", "reasoning_content", "refusal")
 # What a client may ask for beside what was said, a choice's own.
-BESIDE = ("logprobs", "token_ids", "prompt_token_ids", "stop_reason")
+GROWING, SAID_ONCE = ("logprobs", "token_ids"), ("prompt_token_ids", "stop_reason")
 
 
 class Events:
@@ -99,9 +99,12 @@ class _Choice:
 
     def grow(self, part: JSON) -> None:
         self._finish_reason = _text(part.get("finish_reason")) or self._finish_reason
-        for name in BESIDE:
+        for name in GROWING:
             if (piece := part.get(name)) is not None:
                 self._beside[name] = _joined(self._beside.get(name), piece)
+        for name in SAID_ONCE:
+            if (piece := part.get(name)) is not None:
+                self._beside[name] = piece
         if "text" in part:
             self._texts.setdefault("text", []).append(_text(part["text"]))
         delta = part.get("delta")

@@ -29,7 +29,7 @@ STOPPED = "its proxy was stopped before it had recorded the call"
 
 def unrecorded(history: History, begun: Iterable[Call]) -> list[Call]:
     """The calls that began and are not in the journal."""
-    begun = list(begun)
+    begun = {call.id: call for call in begun}.values()
     held = history.held if begun else set()
     return [call for call in begun if call.id not in history.calls and call.id not in held]
 

@@ -400,7 +400,7 @@ def _lines(e: Eval) -> Iterator[str]:
     if e.totals is not None:
         yield _recorded(e.totals)
         if n_waiting := e.totals.n_waiting:
-            yield f"waiting: {n_waiting:,} calls more were not recorded by then: `tautap top` shows them"
+            yield f"waiting: {n_waiting:,} calls more were not recorded by then: they will be when they are over"
         if n_incomplete := e.totals.n_incomplete:
             yield f"incomplete: {n_incomplete:,} of {e.totals.n_calls:,} calls lack rows: `tautap verify` names them"
     if e.joined is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import logging
 
 from aiohttp import web
 
@@ -16,6 +16,8 @@ from proxy.refusals import status
 from proxy.replies import answer, break_off
 from proxy.upstream import REQUEST_HEADERS, Reply, passed
 from proxy.workers import Lease
+
+logger = logging.getLogger("tautap.proxy")
 
 GONE = "the client left before the end of the reply"
 STOPPED = "the proxy had to stop before the end of the reply"
@@ -65,13 +67,17 @@ class Generation:
             exchange.error = f"the proxy failed: {error!r}"
             if not self._reply.prepared:
                 exchange.status = 500
-            raise
+                raise
+            logger.exception("a stream of call %s failed", exchange.id)
+            break_off(request)
         return self._reply
 
     async def _whole(self, upstream: Reply) -> None:
         exchange = self._exchange
-        exchange.first_byte = time.time()
-        whole = await upstream.read()
+        try:
+            whole = await upstream.read()
+        finally:
+            exchange.first_byte = upstream.began
         exchange.watch.go_on()
         whole, exchange.foreign = messages.without_activations(whole)
         exchange.status = upstream.status
@@ -88,10 +94,10 @@ class Generation:
         cutter, transcript = Events(), Transcript()
         try:
             while chunk := await upstream.piece():
-                exchange.first_byte = exchange.first_byte or time.time()
+                exchange.first_byte = upstream.began
                 kept = b"".join([transcript.take(event) for event in cutter.feed(chunk)])
                 exchange.foreign = transcript.foreign
-                if transcript.done:
+                if transcript.done and not self._passed:
                     # The client may send its next call on seeing this: its thread must be waiting by then.
                     await self._ended(transcript)
                 if kept:

@@ -47,7 +47,9 @@ def about(call: Call) -> dict[str, Any]:
 
 
 def recorded(run: str, call: Call, rows: Mapping[str, int]) -> None:
-    """Tell of a call that is on disk. rows: how many of its positions it stored, shares or lacks."""
+    """Tell of a call that is on disk. rows: how many of its positions it stored, shares, lacks, or
+    may yet share (`awaited`).
+    """
     if calls.isEnabledFor(logging.INFO):
         told = {name: getattr(call, name) for name in TOLD}
         tokens = {"n_prompt": call.n_prompt, "n_completion": call.n_completion}

@@ -96,6 +96,10 @@ class UnderWay:
     def __contains__(self, thread: str) -> bool:
         return thread in self._of_thread
 
+    @property
+    def calls(self) -> set[str]:
+        return set(self._calls)
+
     def begin(self, call: str, thread: str) -> None:
         """A call is placed."""
         self._calls[call] = asyncio.get_running_loop().create_future()
@@ -307,7 +311,8 @@ class Recording:
             call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None, over)
             if rows["missing"] and len(self._under_way) > 1:
                 rows["awaited"] = rows.pop("missing")
-                self._later(self._count_awaited(call, rows))
+                # Its texts are long, and not needed any more.
+                self._later(self._count_awaited(msgspec.structs.replace(call, request="", reply=""), rows))
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
             logs.recorded(self._store.run.run, call, rows)
             if holder is not None:
@@ -500,13 +505,14 @@ class Recording:
 
     async def finish(self) -> Totals:
         """Wait a while for the calls that are under way; seal every episode that is quiet then, and roll the index. The
-        run goes on. Returns what it holds, and how many calls were waited for in vain.
+        run goes on. Returns what it holds, and how many calls it does not yet.
         """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._under_way.over(), SETTLE_S)
-        n_waiting = len(self._under_way)
         await self.seal(0)
+        before = self._under_way.calls
         await self._on_disk(self._store.roll)
+        n_waiting = len(before & self._under_way.calls)
         found = await asyncio.to_thread(totals, self._store.layout)
         return msgspec.structs.replace(found, n_waiting=n_waiting)
 

@@ -136,4 +136,4 @@ def _mean(name: str, now: Sample, before: Sample) -> str:
     """Of a histogram of seconds, over what came between."""
     n = now.total(f"{name}_count") - before.total(f"{name}_count")
     seconds = now.total(f"{name}_sum") - before.total(f"{name}_sum")
-    return f"{seconds / n * 1e3:,.1f} ms" if n > 0 else "–"
+    return f"{seconds / n * 1e3:,.1f} ms" if n > 0 and seconds >= 0 else "–"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
@@ -78,13 +79,14 @@ class Patience:
 
 
 class Reply:
-    """The worker's, its headers read."""
+    """The worker's, its headers read. began: when the first of its body came, in unix seconds."""
 
     def __init__(self, reply: aiohttp.ClientResponse, patience: Patience) -> None:
         self._content = reply.content
         self._patience = patience
         self._time = asyncio.get_running_loop().time
         self._large = False
+        self.began: float | None = None
         self.status = reply.status
         self.content_type = reply.content_type
         self.content_length = reply.content_length
@@ -99,6 +101,8 @@ class Reply:
         self._patience.since = self._time()
         piece = await self._content.readany()
         self._patience.moved()
+        if piece and self.began is None:
+            self.began = time.time()
         self._large = len(piece) > FAIR_BYTES
         return piece
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import openai
@@ -106,6 +107,23 @@ def event_loops_are_not_blocked(request: pytest.FixtureRequest, caplog: pytest.L
     records = [r for phase in ("call", "teardown") for r in caplog.get_records(phase) if r.name == "asyncio"]
     slow = [r.getMessage() for r in records if "took" in r.getMessage()]
     assert not slow, slow
+
+
+@pytest.fixture(autouse=True)
+def clients_are_closed() -> Iterator[None]:
+    """The parts of an openai client refer to one another. Left to the garbage collector, its sockets may go before it
+    closes them, which fails whatever test is on then.
+    """
+    made, begin = [], openai.OpenAI.__init__
+
+    def noted(client: openai.OpenAI, *args: Any, **options: Any) -> None:
+        begin(client, *args, **options)
+        made.append(client)
+
+    with mock.patch.object(openai.OpenAI, "__init__", noted):
+        yield
+    for client in made:
+        client.close()
 
 
 def free_port() -> int:

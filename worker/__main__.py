@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from itertools import pairwise
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +251,13 @@ def _bytes(text: str) -> int:
 
 def _values(args: list[str], flag: str) -> list[str]:
     """All that a flag is set to in vLLM's arguments, `--flag value` or `--flag=value`."""
-    pairs = (arg.split("=", 1) if arg.startswith(f"{flag}=") else (arg, after) for arg, after in pairwise([*args, ""]))
-    return [value for name, value in pairs if name == flag]
+    values = []
+    for arg, after in zip_longest(args, args[1:]):
+        if arg == flag and after is not None:
+            values.append(after)
+        elif arg.startswith(f"{flag}="):
+            values.append(arg.removeprefix(f"{flag}="))
+    return values
 
 
 def _value(args: list[str], flag: str) -> str | None:

@@ -80,16 +80,16 @@ def with_choice(said):
 def test_what_a_client_asked_for_beside_a_chats_text_is_kept():
     """Log probabilities and token ids of all events, the last reason to stop; nothing of what was null in all."""
     tokens = [{"token": token, "logprob": -1.5, "top_logprobs": []} for token in ("a", "b", "c")]
-    said = [{"content": part, "refusal": None} for part in (tokens[:2], tokens[2:])]
+    said, ids = [{"content": part, "refusal": None} for part in (tokens[:2], tokens[2:])], {"prompt_token_ids": [7, 8]}
     reply = spelt(
         [
             with_choice({"delta": {"role": "assistant", "content": ""}, "logprobs": None, "token_ids": None}),
-            with_choice({"delta": {"content": "ab"}, "logprobs": said[0], "token_ids": [1, 2]}),
-            with_choice({"delta": {"content": "c"}, "logprobs": said[1]}),
+            with_choice({"delta": {"content": "ab"}, "logprobs": said[0], "token_ids": [1, 2], **ids}),
+            with_choice({"delta": {"content": "c"}, "logprobs": said[1], **ids}),
             with_choice({"delta": {}, "logprobs": None, "token_ids": [3], "stop_reason": 3}),
         ]
     )
-    beside = {"logprobs": {"content": tokens, "refusal": None}, "token_ids": [1, 2, 3], "stop_reason": 3}
+    beside = {"logprobs": {"content": tokens, "refusal": None}, "token_ids": [1, 2, 3], "stop_reason": 3, **ids}
     message = {"role": "assistant", "content": "abc"}
     assert reply["choices"] == [{"index": 0, "message": message, **beside}]
     (plain,) = spelt([with_choice({"delta": {"content": "a"}, "logprobs": None})])["choices"]

@@ -6,6 +6,7 @@ import pytest
 
 from episodes.run import open_run
 from proxy.backend import Backend
+from proxy.recorder import Recording
 from tests.conftest import proxy_to, slowly, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
@@ -87,6 +88,9 @@ def test_a_seal_says_what_it_did_not_wait_for(proxy, stub, http, monkeypatch):
     converse(proxy.client(), "slow", 1)
     sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
     assert (sealed["n_calls"], sealed["n_waiting"]) == (1, 1)
+    slowly(monkeypatch, (Recording, "seal"), 4)  # the call is recorded meanwhile, and counted once
+    sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
+    assert (sealed["n_calls"], sealed["n_waiting"]) == (2, 0)
     committed(proxy, 2)
     sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
     assert (sealed["n_calls"], sealed["n_waiting"]) == (2, 0)

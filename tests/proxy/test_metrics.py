@@ -2,8 +2,11 @@
 
 import asyncio
 import errno
+import json
 import math
+import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,7 +86,7 @@ def test_calls_tokens_and_rows_are_counted_as_the_journal_has_them(proxy, metere
 
 def test_rows_of_a_call_that_is_not_over_are_shared_and_not_missing(proxy, stub, metered):
     """The second call finds the first one's prompt in the cache, and is on disk before it."""
-    stub.stub.token_s = 0.1
+    stub.stub.token_s = 0.3
     slow = threading.Thread(target=converse, args=(proxy.client(), "first", 1))
     slow.start()
     until(lambda: metered("in_flight") == 1 and stub.stub.engine.cached, "its prompt to be cached")
@@ -163,6 +166,17 @@ def test_what_a_client_waits_for_is_counted(stub, tmp_path, http, monkeypatch):
         converse(proxy.client(), "held", 1)
         assert metered("calls_total", status="200") == 1
         assert metered("added_seconds_sum") > 0.8 and metered("call_seconds_sum") > 0.5
+
+
+def test_a_client_that_is_slow_to_send_its_request_is_not_the_proxys_doing(proxy, metered):
+    body = json.dumps({"model": MODEL, "messages": [user("Hi")]}).encode()
+    with socket.create_connection(("127.0.0.1", proxy.config.port), timeout=20) as out:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        out.sendall(head.encode() + body[:5])
+        time.sleep(0.8)
+        out.sendall(body[5:])
+        assert out.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert metered("added_seconds_count") == 1 and metered("added_seconds_sum") < 0.6
 
 
 def test_a_streams_first_byte_is_one_of_its_body(proxy, stub, metered):

@@ -475,6 +475,40 @@ def test_a_call_that_nobody_foresaw_is_recorded_as_what_its_client_got(proxy, ht
     assert call.status == reply.status_code == 500 and "division by zero" in call.error
 
 
+class Talkative(Stub):
+    """Something comes after the last event, in a piece of its own."""
+
+    async def _events(self, *args):
+        async for event in super()._events(*args):
+            yield event
+        await asyncio.sleep(0.1)
+        yield b": that was all\n\n"
+
+
+@pytest.mark.parametrize("durability", ["async", "sync"])
+def test_what_comes_after_the_last_event_is_passed_on(tmp_path, http, durability):
+    with (
+        Running(Talkative(tmp_path / "spool")) as worker,
+        proxy_to(worker.url, tmp_path / "data", durability=durability) as proxy,
+    ):
+        body = {"model": MODEL, "messages": [user("Hi")], "stream": True}
+        reply = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+        assert reply.status_code == 200 and reply.text.endswith("data: [DONE]\n\n: that was all\n\n")
+    run = proxy.open()
+    assert [(call.status, call.error) for call in run.history.calls.values()] == [(200, None)]
+    check_rows(run)
+
+
+def test_a_stream_that_nobody_foresaw_to_fail_breaks_off(proxy, http, monkeypatch):
+    """No second reply is written into it."""
+    monkeypatch.setattr("proxy.generation.Transcript.take", lambda *_: 1 / 0)
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": True}
+    with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+        http.post(f"{proxy.url}/v1/chat/completions", json=body)
+    (call,) = committed(proxy, 1).history.calls.values()
+    assert call.status == 200 and "division by zero" in call.error
+
+
 class Lingering(Stub):
     """The end of a stream comes a while after its last event, as over a network."""
 

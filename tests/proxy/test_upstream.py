@@ -37,6 +37,11 @@ async def headers_then_stall(came, out):
     await asyncio.Event().wait()
 
 
+async def whole_head_then_stall(came, out):
+    out.write(head())
+    await asyncio.Event().wait()
+
+
 async def head_then_stall(came, out):
     out.write(head("text/event-stream", None))
     await asyncio.Event().wait()
@@ -238,6 +243,7 @@ def timed(worker, tmp_path, script, **times):
     ("script", "times", "flag"),
     [
         (stall, {"first_byte_s": 0.2}, "--first-byte-timeout-s"),
+        (whole_head_then_stall, {"first_byte_s": 0.2}, "--first-byte-timeout-s"),
         (headers_then_stall, {"idle_s": 0.2}, "--idle-timeout-s"),
         (stall, {"total_s": 0.2}, "--total-timeout-s"),
     ],
@@ -249,6 +255,7 @@ def test_a_worker_that_takes_too_long_is_504_and_let_go(worker, tmp_path, http, 
         assert worker.gone.wait(10)
         (call,) = calls(proxy)
         assert call.status == 504 and flag in call.error
+        assert (call.first_byte is not None) == (script is headers_then_stall)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from episodes.errors import BadInput, UnknownPoint
 from tests.conftest import free_port
 from tests.worker.test_families import make
-from worker.__main__ import free_socket, plan
+from worker.__main__ import _values, free_socket, plan
 from worker.spool import prepare
 
 
@@ -47,6 +47,10 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
     points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
     assert additional["tautap"]["points"] == points and additional["tautap"]["tokens"] == "all"
     assert command[command.index("--host") + 1] == "127.0.0.1" and "--enforce-eager" in command
+
+
+def test_a_flag_without_a_value_is_left_to_vllm():
+    assert _values(["--port", "1", "--port=2", "--port"], "--port") == ["1", "2"]
 
 
 def test_a_users_additional_config_and_port_are_kept(model, tmp_path):
