@@ -15,6 +15,7 @@ import msgspec
 from episodes.history import History
 from episodes.messages import media, parse_object
 from episodes.records import BACKFILL, Call
+from episodes.rows import n_missing
 from episodes.wire import Sequence, Tokens
 
 
@@ -63,7 +64,7 @@ def holes(calls: Iterable[Call], history: History) -> Iterator[Hole]:
         for sequence in call.sequences:
             missing = [span for span in history.spans(call).get(sequence.choice, []) if span.owner is None]
             if missing:
-                yield Hole(call, sequence, sum(span.stop - span.start for span in missing), missing[-1].stop)
+                yield Hole(call, sequence, n_missing(missing), missing[-1].stop)
 
 
 def unfillable(call: Call, history: History, edit: str = "") -> str | None:

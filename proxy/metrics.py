@@ -79,12 +79,12 @@ class Metrics:
             self._first_byte.observe(max(call.first_byte - call.started, 0))
 
     def recorded(self, call: Call, rows: Mapping[str, int], row_bytes: int) -> None:
-        """A call is on disk. rows: how many of its positions it stored, shares, lacks, or may yet share (`awaited`: to
-        be counted by `came`). row_bytes: of the stored.
+        """A call is on disk. rows: how many of its positions it stored, shares or lacks, as far as that is known: the
+        rest is counted by `came`. row_bytes: of the stored.
         """
         self._prompt.inc(call.n_prompt or 0)
         self._completion.inc(call.n_completion or 0)
-        self.came({kind: n_rows for kind, n_rows in rows.items() if kind != "awaited"})
+        self.came(rows)
         self._row_bytes.inc(row_bytes)
 
     def came(self, rows: Mapping[str, int]) -> None:

@@ -309,12 +309,12 @@ class Recording:
                 await asyncio.sleep(-asyncio.get_running_loop().time() % BEHIND_S)
             await self._notes.written(call.id)
             call, rows = await self._stored(call, holder, msgspec.json.encode(foreign) if foreign else None, over)
-            if rows["missing"] and len(self._under_way) > 1:
-                rows["awaited"] = rows.pop("missing")
+            awaited = rows.pop("missing", 0) if len(self._under_way) > 1 else 0
+            if awaited:
                 # Its texts are long, and not needed any more.
                 self._later(self._count_awaited(msgspec.structs.replace(call, request="", reply=""), rows))
             self._metrics.recorded(call, rows, call.n_kept * len(call.points) * self._vector_bytes)
-            logs.recorded(self._store.run.run, call, rows)
+            logs.recorded(self._store.run.run, call, rows + Counter(awaited=awaited))
             if holder is not None:
                 self._later(holder.forget(call.id))
             return None
