@@ -46,7 +46,7 @@ async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A worker's error in OpenAI's shape; of a call that has no activations, the sequences, and whether it ran any."""
+    """A worker's error in OpenAI's shape; of a call without activations, its sequences and whether any may have run."""
 
     error: JSON
     sequences: list[Sequence] = []

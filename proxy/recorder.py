@@ -379,7 +379,7 @@ class Recording:
                 await self._fetch(claim)
                 self._metrics.claim.observe(time.perf_counter() - over)
         except CaptureLost as error:
-            if call.status != 200 and not error.ran:
+            if not error.ran and (call.status != 200 or call.error is not None):
                 return call
             return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
         except TautapError as error:

@@ -104,6 +104,7 @@ class Engine:
         self.metrics = Metrics(spool)
         self.cached: set[tuple[str, bytes]] = set()
         self.fail_captures: str | None = None
+        self._turn = asyncio.Lock()
         self.vllm_config = SimpleNamespace(
             additional_config={XARG: msgspec.to_builtins(self.config)},
             model_config=SimpleNamespace(
@@ -119,10 +120,14 @@ class Engine:
         )
 
     async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
-        """One token an output, all choices in step, the rows spooled when the last is out."""
+        """One prompt after the other; then one token an output, all choices in step, the rows spooled when the last is
+        out.
+        """
         ids: list[int] = prompt["prompt_token_ids"]
         replies = [list((params.told or answer(ids, i))[: params.max_tokens].encode()) for i in range(params.n)]
         salt = prompt.get("cache_salt", "")
+        async with self._turn:
+            await asyncio.sleep(params.prompt_s * len(ids))
         n_cached = self._n_cached(salt, ids)
         step = 0
         try:
@@ -204,7 +209,7 @@ class Stub:
         self.faults: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.token_s = 0.0
+        self.token_s = self.prompt_s = 0.0  # a token of a reply, and of a prompt
         self.foreign: dict[str, Any] = {}
         routes = [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
@@ -254,6 +259,7 @@ class Stub:
                 extra_args=dict(asked.vllm_xargs or {}),
                 output_kind=SimpleNamespace(name="DELTA" if asked.stream else "FINAL_ONLY"),
                 token_s=self.token_s,
+                prompt_s=self.prompt_s,
                 told=None if told is None else json.dumps(told),
             )
             for _ in prompts

@@ -37,13 +37,18 @@ class Worker:
     def slow(self):
         """Make the stub take its time, as the real one does."""
         if self._stub is not None:
-            self._stub.token_s = 0.05
+            self._stub.token_s, self._stub.prompt_s = 0.05, 0.0002
 
     def ask(self, text, capture=None, path="/v1/chat/completions", **fields):
         prompt = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
         headers = {CAPTURE_HEADER: capture.header()} if capture else {}
         body = {"model": self.model, "max_tokens": 6, "temperature": 0, **prompt, **fields}
         return self.client.post(path, json=body, headers=headers)
+
+    def begin(self, text, capture):
+        """A completion's stream, which the client may leave."""
+        body = {"model": self.model, "stream": True, "prompt": text, "max_tokens": 40}
+        return self.client.stream("POST", "/v1/completions", json=body, headers={CAPTURE_HEADER: capture.header()})
 
     def claim(self, call, wait_s=20, **headers):
         return self.client.get(f"/v1/activations/{call}", params={"wait_s": wait_s}, headers=headers)
@@ -157,9 +162,7 @@ def test_the_prompt_of_a_call_that_is_not_over_is_shared(worker):
     salt = uuid.uuid4().hex
     slow, second = new(salt), new(salt)
     worker.slow()
-    headers = {CAPTURE_HEADER: slow.header()}
-    body = {"model": worker.model, "stream": True, "prompt": FILLER, "max_tokens": 40}
-    with worker.client.stream("POST", "/v1/completions", json=body, headers=headers) as reply:
+    with worker.begin(FILLER, slow) as reply:
         lines = reply.iter_lines()
         while not re.search('"text": ?"[^"]', next(lines)):
             pass
@@ -214,18 +217,28 @@ def test_choices_and_prompts_are_sequences_of_their_own(worker):
 def test_a_client_that_leaves_leaves_the_rows_that_were_computed(worker):
     """What was computed is there, and the sequence says that it did not end."""
     capture = new()
-    body = {"model": worker.model, "stream": True, "messages": [{"role": "user", "content": "Count to a hundred."}]}
-    headers = {CAPTURE_HEADER: capture.header()}
     worker.slow()
-    with worker.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as reply:
+    with worker.begin("Count to a hundred.", capture) as reply:
         lines = reply.iter_lines()
-        while "content" not in next(lines):
+        while "text" not in next(lines):
             pass
     file = worker.file(capture.call)
     (sequence,) = file.sequences
     assert sequence.finish_reason is None
     assert file.n_rows >= len(sequence.prompt_token_ids)
     assert file.position.tolist() == list(range(file.n_rows))
+
+
+def test_a_client_that_leaves_before_its_turn_leaves_nothing(worker):
+    """Another's long prompt has all of the engine: who claims is told that nothing was run."""
+    running, queued = new(), new()
+    worker.slow()
+    with worker.begin(FILLER * 40, running) as reply:
+        with worker.begin("Hi", queued):
+            pass
+        gone = worker.claim(queued.call)
+        assert gone.status_code == 410 and gone.json()["ran"] is False, gone.text
+        assert reply.status_code == 200
 
 
 def test_a_refused_request_has_no_activations(worker):

@@ -42,7 +42,7 @@ class Growing:
     completion_token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     n_cached: int = 0
-    refused: bool = False  # the engine did not take it
+    refused: bool = False  # the engine ran nothing of it
 
     def sequence(self, choice: int) -> wire.Sequence:
         return wire.Sequence(
@@ -75,7 +75,7 @@ class Call:
 
     @property
     def ran(self) -> bool:
-        """Whether the engine took any of its sequences."""
+        """Whether the engine ran, or may have run, any of its sequences."""
         return not all(growing.refused for growing in self.sequences)
 
     @property
@@ -184,13 +184,15 @@ class Ledger:
         for choice, growing in enumerate(call.sequences):
             failed = spooled(self.spool, call.id, choice, FAILED)
             if failed.exists():
-                raise CaptureLost(failed.read_text())
+                raise CaptureLost(failed.read_text() or "the spool has no room")
             path = spooled(self.spool, call.id, choice)
             if path.exists():
                 found.append((self._sequence(choice, growing, path), path))
             elif growing.finish_reason in RAN or not (abandoned or growing.refused):
                 return None
         if not found:
+            for growing in call.sequences:
+                growing.refused = True
             raise CaptureLost("the request was dropped before the engine ran it")
         return wire.join(call.id, found, call.points, call.tokens)
 

@@ -132,8 +132,9 @@ class CaptureMiddleware:
         points = list(capture.points or self._about.config.points)
         fields["vllm_xargs"] = (fields.get("vllm_xargs") or {}) | {XARG: self._ledger.ticket(capture.call)}
         # What a call generates is cached and not recorded, and prompt in the next: `prompt` must compute all its own.
-        # Nothing is recorded of a prompt with images in it: the text before them must not be found in a cache.
-        alone = capture.call if capture.tokens == "prompt" or media(fields) else ""
+        # Nothing is recorded of a prompt with images in it, nor of beams: that must not be found in a cache.
+        unrecorded = media(fields) or fields.get("use_beam_search")
+        alone = capture.call if capture.tokens == "prompt" or unrecorded else ""
         given = fields.get("cache_salt") or ""
         fields["cache_salt"] = _salt(capture.salt, ",".join(points), capture.tokens, alone, given)
         body = msgspec.json.encode(fields)
@@ -305,7 +306,7 @@ class Routes:
 
     async def claim(self, request: Request) -> Response:
         """The call file: 200, or 202 still running, 404 unknown, 410 gone with the reason,
-        the sequences, as far as their tokens are known, and whether the engine took any of them.
+        the sequences, as far as their tokens are known, and whether the engine may have run any of them.
 
         `as=recipe` answers instead how to make it out of the spool, for those who share that directory.
         """

@@ -1,6 +1,7 @@
 """The spool: one safetensors file per sequence, appended as steps finish, renamed when it is whole.
 
-    <call>.<choice>.part            growing; its first `room` bytes are kept free for the header
+    <call>.<choice>.part            growing, from the step on that runs the sequence first; its first `room` bytes are
+                                    kept free for the header
     <call>.<choice>.safetensors     complete
     <call>.<choice>.failed          the reason why there is none
     .token                          tells whoever can read it that this is the worker's spool (`episodes.handover`)
@@ -106,10 +107,17 @@ class SpoolFile:
         Path(f"{self._path}{PART}").unlink(missing_ok=True)
 
 
+def begin(directory: Path, name: str) -> None:
+    """Let it be seen that the spool file `<call>.<choice>`, or a reason why there is none, is to come."""
+    (directory / f"{name}{PART}").touch()
+
+
 def refuse(directory: Path, name: str, reason: str) -> None:
-    """Leave a reason where the spool file `<call>.<choice>` would have been."""
-    draft = directory / f"{name}.reason{PART}"
-    draft.write_text(reason)
+    """Leave a reason where the spool file `<call>.<choice>` would have been; none, if there is no room for one."""
+    draft = directory / f"{name}{PART}"
+    draft.touch()
+    with contextlib.suppress(OSError):
+        draft.write_text(reason)
     draft.rename(directory / f"{name}{FAILED}")
 
 

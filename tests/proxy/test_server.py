@@ -456,14 +456,17 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     committed(proxy, 2)
 
 
-def test_a_client_that_leaves_before_the_engine_ran_its_call_has_lost_nothing(stub, proxy, http):
-    """As one that waited too long in the worker's queue."""
-    stub.stub.faults = ["silence"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_engine_ran_its_call_has_lost_nothing(stub, proxy, http, stream):
+    """As one that waited too long in the worker's queue; of a stream it had the head already."""
+    stub.stub.prompt_s = 0.1
+    body = {"model": MODEL, "messages": [user("Hi")], "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
-        http.post(f"{proxy.url}/v1/chat/completions", json={"model": MODEL, "messages": [user("Hi")]}, timeout=0.3)
+        http.post(f"{proxy.url}/v1/chat/completions", json=body, timeout=0.3)
     (call,) = committed(proxy, 1).history.calls.values()
-    assert "client left" in call.error and (call.status, call.lost) == (0, None)
+    assert "client left" in call.error and (call.status, call.lost) == (200 if stream else 0, None)
     check_rows(proxy.open())
+    stub.stub.prompt_s = 0
     converse(proxy.client(), "next", 1)
     assert Capture.parse(stub.stub.headers[-1][CAPTURE_HEADER.lower()]).salt.endswith(".0")
 

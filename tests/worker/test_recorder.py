@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.conftest import until
 from worker.metrics import Metrics, exposition
 from worker.orders import XARG, Config
 from worker.recorder import Lane, Recorder, Writer
-from worker.spool import FAILED, PART, prepare, spooled, used_bytes
+from worker.spool import FAILED, PART, WHOLE, prepare, spooled, used_bytes
 from worker.tap import Stream, Tap, find_blocks
 
 HIDDEN = 4
@@ -317,6 +318,28 @@ def test_a_disk_that_is_full_ends_the_captures_it_touches_and_no_other(tmp_path)
     rig.finish("a", "b")
     assert "No space left on device" in rig.reason("ca") and not part.is_symlink()
     assert len(rig.read("cb")[0]) == 1
+
+
+def test_where_there_is_no_room_for_the_reason_it_is_seen_that_the_capture_failed(tmp_path, monkeypatch):
+    def no_room(*args):
+        raise OSError("no room")
+
+    rig = Rig(tmp_path, spool_bytes=0)
+    monkeypatch.setattr(Path, "write_text", no_room)
+    rig.admit("a", "ca", [1])
+    assert rig.reason("ca") == ""
+
+
+@pytest.mark.parametrize("points", [["layers.0.output"], ["layers.9.output"]], ids=["captured", "refused"])
+def test_a_sequence_is_seen_in_the_spool_before_it_runs_however_late_the_writer_is(tmp_path, points):
+    """Else it would be taken for one that never ran, when its client has left."""
+    rig, gate = Rig(tmp_path), threading.Event()
+    rig.recorder._writer.put(0, gate.wait)
+    rig.admit("a", "ca", [1], points)
+    assert [path.name for path in rig.spool.glob("ca*")] == ["ca.0.part"]
+    gate.set()
+    rig.finish("a")
+    until(lambda: [p.suffix for p in rig.spool.glob("ca*")] in ([WHOLE], [FAILED]), "a file or a reason, alone")
 
 
 def test_a_prompt_whose_rows_have_no_identity_refuses_the_capture(tmp_path):

@@ -191,13 +191,16 @@ def test_of_a_checkpoint_that_cannot_be_read_nothing_is_said(stub, tmp_path, fau
     assert known(stub, path) == ""
 
 
-def test_a_prompt_with_images_in_it_shares_its_cache_with_nobody(tmp_path):
-    """Nothing of it is recorded, the text before the image neither."""
+def test_what_is_not_recorded_shares_its_cache_with_nobody(tmp_path):
+    """Of a prompt with images in it the text before them neither; and beam search, which asks the engine for tokens one
+    by one, in requests that are not the client's.
+    """
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
     with Running(stub := Stub(tmp_path / "spool")) as running:
-        for number, content in enumerate(["Hi", "Hi", [image], [image]]):
-            body = BODY | {"messages": [{"role": "user", "content": content}]}
+        for number, content in enumerate(["Hi", "Hi", [image], [image], "Hi", "Hi"]):
+            beams = {"use_beam_search": True} if number > 3 else {}
+            body = BODY | {"messages": [{"role": "user", "content": content}]} | beams
             headers = {CAPTURE_HEADER: Capture(f"c-{number}", "run").header()}
             httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers)
     first, second, *alone = [body["cache_salt"] for body in stub.bodies]
-    assert first == second and len({first, *alone}) == 3
+    assert first == second and len({first, *alone}) == 5
