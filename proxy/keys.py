@@ -14,7 +14,7 @@ from multidict import istr
 
 from episodes.access import from_elsewhere, key_in, text_of
 from episodes.errors import BadInput
-from proxy.refusals import refusal
+from proxy.refusals import Refusal
 
 API_KEYS = "TAUTAP_API_KEYS"
 BACKEND_KEY = "TAUTAP_BACKEND_KEY"
@@ -56,7 +56,7 @@ def guard(keys: Keys) -> Middleware:
             name = keys.whose(request.headers.get("Authorization"))
             if name is None:
                 message = "give one of the proxy's keys: Authorization: Bearer <key> (OPENAI_API_KEY)"
-                return refusal(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+                return Refusal(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
             request[CLIENT] = name
         return await handler(request)
 
@@ -68,7 +68,7 @@ async def local(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Lets in who is on this machine, and no web page that is open in a browser here: the guard where no keys are."""
     headers = request.headers
     reason = from_elsewhere(headers.get(hdrs.HOST), headers.get(hdrs.ORIGIN), headers.get(SITE))
-    return await handler(request) if reason is None else refusal(403, reason, "permission_denied")
+    return await handler(request) if reason is None else Refusal(403, reason, "permission_denied")
 
 
 def parse(lines: Iterable[str], source: str) -> dict[str, str]:

@@ -53,6 +53,7 @@ class Metrics:
         self._rows = self._counter("rows", "Positions of calls as recorded: stored, shared, missing.", "kind")
         self._row_bytes = self._counter("row_bytes", "Bytes of the vectors that were stored.")
         self._failed = self._counter("captures_failed", "Calls whose activations were lost.", "reason")
+        self._refused = self._counter("refusals", "Requests that got an error of the proxy's own.", "status")
         self.sealed = self._counter("episodes_sealed", "Episodes sealed.")
         self._added = self._histogram(
             "added_seconds", "What the proxy itself added to a call, of a stream until it begins.", QUICK_S
@@ -91,6 +92,10 @@ class Metrics:
         """What became of so many positions of calls, as in `recorded`."""
         for kind, n_rows in rows.items():
             self._rows.labels(kind).inc(n_rows)
+
+    def refused(self, status: int) -> None:
+        """The proxy itself answered a request with an error."""
+        self._refused.labels(str(status)).inc()
 
     def failed(self, reason: str) -> None:
         """The activations of a call were lost. Reasons that differ in numbers alone are one."""

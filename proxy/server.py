@@ -37,7 +37,7 @@ from proxy.keys import CLIENT, guard, local
 from proxy.metrics import Metrics
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording
-from proxy.refusals import in_openai_shape, refusal
+from proxy.refusals import Refusal, in_openai_shape
 from proxy.replies import ID, answer, break_off, given_id, sign
 from proxy.upstream import REQUEST_HEADERS, passed
 from proxy.workers import Workers
@@ -96,12 +96,12 @@ class Proxy:
         """Pass a request on to the worker, if it is one of its API's and there is room for one more."""
         asked = target(request.path)
         if asked is None:
-            return refusal(404, f"{request.path[:200]} is not served here: the API is under /v1", "not_found")
+            return Refusal(404, f"{request.path[:200]} is not served here: the API is under /v1", "not_found")
         if request.method not in METHODS:
             raise web.HTTPMethodNotAllowed(request.method[:40], METHODS)
         if self._in_flight >= self._config.limits.in_flight:
             message = f"{self._in_flight} requests are in flight, which is all that are taken (--max-in-flight)"
-            return refusal(429, message, "rate_limit_exceeded", {"Retry-After": "1"})
+            return Refusal(429, message, "rate_limit_exceeded", {"Retry-After": "1"})
         self._in_flight += 1
         try:
             if request.method == "POST" and asked.path in GENERATION_PATHS:

@@ -127,6 +127,8 @@ def view(url: str, before: Sample, now: Sample) -> Table:
         table.add_row(said, "–" if math.isnan(value) else f"{value:,.{0 if unit == 1 else 1}f}")
     for role, n_calls in now.by("calls_total", "role").items():
         table.add_row(f"calls of {role}", "", f"{n_calls:,.0f}")
+    for status, n_requests in now.by("refusals_total", "status").items():
+        table.add_row(f"refused by the proxy: {status}", "", f"{n_requests:,.0f}")
     for reason, n_calls in now.by("captures_failed_total", "reason").items():
         table.add_row(f"lost: {reason}", "", f"{n_calls:,.0f}")
     return table

@@ -16,6 +16,7 @@ from episodes.errors import CorruptFile
 from episodes.store import Store
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
+from proxy.config import Limits
 from proxy.metrics import N_REASONS, OTHER, Metrics
 from proxy.recorder import Recording
 from tests.conftest import free_port, proxy_to, slowly, until
@@ -230,3 +231,18 @@ def test_a_worker_that_does_not_answer_leaves_the_rest(tmp_path, http):
         metered = Metered(http, proxy)
         assert http.post(f"{proxy.url}/v1/chat/completions", json={"messages": []}).status_code == 502
         assert metered("calls_total", status="502") == 1 and math.isnan(metered("spool_bytes"))
+
+
+def test_what_the_proxy_refuses_itself_is_counted_by_status(stub, tmp_path, http):
+    """Also what is no call yet. An error of the worker's is none of its own."""
+    with proxy_to(stub.url, tmp_path / "data", limits=Limits(in_flight=1)) as proxy:
+        metered, url = Metered(http, proxy), f"{proxy.url}/v1/chat/completions"
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        assert http.get(f"{proxy.url}/nowhere").status_code == 404
+        assert http.post(url, json=body | {"model": "nobody"}).status_code == 404
+        assert http.post(url, json=body | {"collect_activations": {"layers": [99]}}).status_code == 400
+        stub.stub.token_s = 0.2
+        with http.stream("POST", url, json=body | {"stream": True}):
+            assert http.post(url, json=body).status_code == 429
+        assert [metered("refusals_total", status=status) for status in ("404", "400", "429")] == [1, 1, 1]
+        assert metered("refusals_total") == 3
