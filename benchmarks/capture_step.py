@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from servers import machine
 from worker.orders import XARG, Config
 from worker.recorder import CudaLane, Lane, Recorder
-from worker.spool import prepare, spooled
+from worker.spool import FAILED, prepare, spooled
 from worker.tap import Tap
 
 N_LAYERS = 30
@@ -105,6 +106,8 @@ class Rig:
         waiting = {spooled(self.spool, request, 0) for request in requests}
         while waiting:
             time.sleep(POLL_S)
+            for failed in self.spool.glob(f"*{FAILED}"):
+                sys.exit(f"a capture failed: {failed.read_text()}")
             waiting = {path for path in waiting if not path.exists()}
         for request in requests:
             spooled(self.spool, request, 0).unlink()

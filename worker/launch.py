@@ -28,7 +28,8 @@ LIMIT = 600  # characters of an error
 # What an error of vLLM's or torch's means to whoever starts a worker.
 ADVICE = {
     r"Failed to infer device type|[Nn]o CUDA GPUs|NVIDIA driver|CUDA driver|libcuda": (
-        "there is no GPU that can be used here: see what nvidia-smi says; without a GPU install the extra [worker-cpu]"
+        "there is no GPU that can be used here: see what nvidia-smi says, and whether its driver is new enough for the "
+        "CUDA of this torch; without a GPU install the extra [worker-cpu]"
     ),
     r"(?i)kv cache|cache blocks": (
         "the model leaves too little memory for its cache: give a smaller --max-model-len, or more memory with "
@@ -104,7 +105,8 @@ def main() -> None:
         if not (told or known):
             traceback.print_exc()
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # has its last word before us
-        print(f"tautap worker: {said}", file=sys.stderr)
+        sys.stderr.flush()
+        os.write(2, f"tautap worker: {said}\n".encode())  # older vLLM puts words before what `sys.stderr` is given
         code = 2 if known else 1
     sys.stdout.flush()
     sys.stderr.flush()

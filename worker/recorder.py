@@ -156,8 +156,8 @@ class Writer:
             self._changed.notify_all()
 
     def _fits(self, n_bytes: int) -> bool:
-        """One job larger than the bound goes through alone rather than never."""
-        return not self._queued or self._queued + n_bytes <= self.bound
+        """One job larger than the bound goes through alone rather than never; nothing waits that holds nothing."""
+        return not n_bytes or not self._queued or self._queued + n_bytes <= self.bound
 
     def _wait(self, n_bytes: int) -> None:
         self.metrics.add("buffer_waits_total")

@@ -1,13 +1,14 @@
-"""vLLM's CUDA graphs on a CPU: all of vLLM's own code for them, with `replay.Graph` for what CUDA would do.
+"""What vLLM does on a GPU, on a CPU: all of its own code for it, with a stand-in for what CUDA would do.
 
-Its dispatcher picks a graph for a batch and pads it, its loop records one for each size, its wrapper replays them.
+CUDA graphs: its dispatcher picks a graph for a batch and pads it, its loop records one for each size, its wrapper
+replays them, which is `replay.Graph`. Asynchronous scheduling: a step is planned before the one before it is done.
 """
 
 from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
 import torch
-from vllm.compilation import cuda_graph, cudagraph_pool
+from vllm.compilation import cuda_graph
 from vllm.config import CUDAGraphMode
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backend import AttentionCGSupport
@@ -16,6 +17,11 @@ from vllm.v1.worker import gpu_model_runner
 
 from tests.worker.replay import Graph
 from worker import engine
+
+try:
+    from vllm.compilation import cudagraph_pool as pools
+except ImportError:  # vllm 0.26
+    pools = cuda_graph
 
 check = CpuPlatform.check_and_update_config
 
@@ -35,11 +41,44 @@ class GraphedWorker(engine.RecordingWorker):
         return done
 
 
+class Done:
+    """A stream or an event of CUDA's where all is done at once."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def record(self, *args):
+        pass
+
+    wait = wait_stream = synchronize = record
+
+
+@contextmanager
+def asynchronous():
+    """What keeps vLLM from planning ahead on a CPU is taken out of the way. Inside `graphed`."""
+    before = CpuPlatform.check_and_update_config
+
+    def check_first(config):
+        before(config)
+        config.scheduler_config.async_scheduling = True
+
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (CpuPlatform, "check_and_update_config", staticmethod(check_first)),
+            (torch.cuda, "Event", Done),
+            (torch.cuda, "Stream", Done),
+            (torch.cuda, "stream", lambda stream: nullcontext()),
+            (torch.cuda, "current_stream", Done),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
 @contextmanager
 def graphed():
     """What keeps vLLM from having graphs on a CPU is taken out of the way."""
 
-    def check_only(platform, config):
+    def check_only(config):
         sizes = config.compilation_config.cudagraph_capture_sizes
         check(config)
         config.compilation_config.cudagraph_capture_sizes = sizes
@@ -48,7 +87,7 @@ def graphed():
         for owner, name, value in (
             (engine, "has_graphs", lambda: True),
             (CpuPlatform, "support_static_graph_mode", lambda platform: True),
-            (CpuPlatform, "check_and_update_config", check_only),
+            (CpuPlatform, "check_and_update_config", staticmethod(check_only)),
             (CpuPlatform, "graph_pool_handle", lambda platform: None),
             (CPUAttentionMetadataBuilder, "_cudagraph_support", AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE),
             (gpu_model_runner, "graph_capture", lambda device: nullcontext()),
@@ -57,7 +96,7 @@ def graphed():
             (torch.cuda, "CUDAGraph", Graph),
             (torch.cuda, "graph", lambda graph, **kwargs: graph),
             (cuda_graph, "weak_ref_tensors", lambda tensors: tensors),
-            (cudagraph_pool, "set_graph_pool_id", lambda pool: None),
+            (pools, "set_graph_pool_id", lambda pool: None),
         ):
             stack.enter_context(patch.object(owner, name, value, create=True))
         yield

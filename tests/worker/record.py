@@ -5,7 +5,8 @@
 Reads jobs from its input, one JSON object a line, and answers each with one: `{}` when `out` is written, else
 `{"error": the traceback}`. A job has `model`, a directory; `out`, an .npz to write; `asked`, the recorder's
 configuration as in `worker.orders.Config`, but for what all share; `adapter`, the directory of a LoRA adapter, or null;
-`ranks`, how many the model is split over; `flags`, more of vLLM's own.
+`ranks`, how many the model is split over; `flags`, more of vLLM's own; `stop`, the token that ends the reply, or null.
+With a `stop`, and with graphs, steps are planned ahead, as on a GPU.
 
 A program of its own: vLLM wants a process to itself, and changes transformers' classes in it. One for all models: to
 import vLLM takes longer than all else.
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,7 +43,13 @@ SPLIT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 def record(
-    model: str, spool: Path, asked: dict[str, object], adapter: str | None, ranks: int, flags: dict[str, object]
+    model: str,
+    spool: Path,
+    asked: dict[str, object],
+    adapter: str | None,
+    ranks: int,
+    flags: dict[str, object],
+    stop: int | None,
 ) -> dict[str, np.ndarray]:
     """`tokens` and `rows` of a prompt, run in chunks of 32 tokens between two others, and of what was generated;
     `uncaptured`: what is generated without a capture; `n_replays`: how many of its steps a CUDA graph did; `wrong`: the
@@ -56,22 +63,27 @@ def record(
     prepare(spool)
     config = {"spool_dir": str(spool), "spool_bytes": 1 << 30, "buffer_bytes": 1 << 30}
     more = flags | {"worker_cls": "worker.engine.RecordingWorker", "distributed_executor_backend": "uni"}
-    graphs: AbstractContextManager[None] = nullcontext()
-    if asked.get("source") == "graphs":
+    graphs, ahead = asked.get("source") == "graphs", stop is not None
+    as_on_a_gpu = ExitStack()
+    if graphs:
         more["compilation_config"] = GRAPHS
-        if not torch.cuda.is_available():
-            from tests.worker.graphed import graphed
+    if (graphs or ahead) and not torch.cuda.is_available():
+        from tests.worker.graphed import asynchronous, graphed
 
-            more["worker_cls"], graphs = "tests.worker.graphed.GraphedWorker", graphed()
+        if graphs:
+            more["worker_cls"] = "tests.worker.graphed.GraphedWorker"
+            as_on_a_gpu.enter_context(graphed())
+        as_on_a_gpu.enter_context(asynchronous())
     if ranks > 1:
         more |= {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 1 << 26, "distributed_executor_backend": "mp"}
         os.environ.update(SPLIT)
     order = {"call": "c", "points": asked["points"], "first_choice": 0}
     sampling = {"detokenize": False, "temperature": 0, "ignore_eos": True}
     plain = SamplingParams(**sampling, max_tokens=N_GENERATED)
-    captured = SamplingParams(**sampling, max_tokens=N_GENERATED, extra_args={XARG: order})
+    until = {"stop_token_ids": [] if stop is None else [stop]}
+    captured = SamplingParams(**sampling, **until, max_tokens=N_GENERATED, extra_args={XARG: order})
     lora = LoRARequest("tuned", 1, adapter) if adapter else None
-    with graphs, patch.object(Step, "receive_all", autospec=True, side_effect=Step.receive_all) as replayed:
+    with as_on_a_gpu, patch.object(Step, "receive_all", autospec=True, side_effect=Step.receive_all) as replayed:
         register(model)
         llm = LLM(
             model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source", "nnsight") == "nnsight",

@@ -108,7 +108,7 @@ class Recording:
         self._log = log
         self._process = None
 
-    def __call__(self, home, points, adapter=None, ranks=1, flags=None, **asked):
+    def __call__(self, home, points, adapter=None, ranks=1, flags=None, stop=None, **asked):
         """What our worker recorded in vLLM, or what it said when it refused."""
         out = home / "recorded.npz"
         job = {
@@ -118,6 +118,7 @@ class Recording:
             "adapter": adapter and str(adapter),
             "ranks": ranks,
             "flags": flags or {},
+            "stop": stop,
         }
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -151,11 +152,11 @@ def record(engines, tmp_path_factory):
     recording.close()
 
 
-def check(recorded, model, points):
+def check(recorded, model, points, n_generated=N_GENERATED - 1):
     """Every row is what the model computes for the tokens that were recorded."""
     assert not isinstance(recorded, str), recorded[-3000:]
     tokens, rows = recorded.tokens, recorded.rows
-    assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + N_GENERATED - 1
+    assert tokens[: len(PROMPT)] == PROMPT and len(tokens) == len(PROMPT) + n_generated
     expected = reference(model, tokens)
     for i, point in enumerate(points):
         error = np.linalg.norm(rows[:, i] - expected[point], axis=1) / np.linalg.norm(expected[point], axis=1)
@@ -166,7 +167,7 @@ def check(recorded, model, points):
 def test_every_point_holds_what_its_name_says(record, family, tmp_path):
     """Prompt in chunks and generated tokens, first and last layer, embeddings and final norm: relative error ≤ 1e-4.
     In eager steps, and where graphs, which on a CPU are `replay.Graph`, do the decode steps that have no prompt beside
-    them.
+    them, planned ahead.
     """
     model = make(family, tmp_path)
     eager, graphs = record(tmp_path, POINTS), record(tmp_path, POINTS, source="graphs")
@@ -175,6 +176,16 @@ def test_every_point_holds_what_its_name_says(record, family, tmp_path):
     assert (eager.n_replays, graphs.n_replays) == (0, N_GENERATED - 2)
     assert eager.wrong == graphs.wrong == {}, "every point of every layer can be had"
     assert graphs.uncaptured == eager.uncaptured
+
+
+@pytest.mark.parametrize("source", ["nnsight", "graphs"])
+def test_a_step_that_was_planned_before_the_reply_ended_leaves_one_row_too_many(record, source, tmp_path):
+    """Asynchronous scheduling has the token that ends a reply fed in; its row is right, and nobody else's."""
+    model = make("llama", tmp_path)
+    *reply, _ = record(tmp_path, OUTPUTS).tokens
+    recorded = record(tmp_path, OUTPUTS, source=source, stop=reply[-1])
+    check(recorded, model, OUTPUTS, N_GENERATED - 2)
+    assert recorded.tokens == reply
 
 
 def test_a_family_that_does_not_fit_is_refused_at_start_by_name(record, tmp_path):
