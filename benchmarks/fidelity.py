@@ -58,7 +58,7 @@ class Kept(traffic.Claimed):
     def take(self, path: Path) -> int:
         file = CallFile(path)
         (sequence,) = file.sequences
-        tokens = [*sequence.prompt_token_ids, *sequence.completion_token_ids][:-1]
+        tokens = sequence.tokens.tolist()
         assert [tokens[at] for at in file.position] == file.token_id.tolist()
         self.calls.append(Recorded(tokens, np.array(file.position), np.asarray(file.rows, np.float32)))
         return super().take(path)

@@ -163,7 +163,7 @@ class Points:
 
 def split(point: str) -> Point:
     """A point's name, taken apart without regard to any model."""
-    match = re.fullmatch(r"layers\.(\d+)\.(\w+)", point)
+    match = re.fullmatch(r"layers\.(0|[1-9]\d*)\.(\w+)", point)
     return Point(int(match[1]), match[2]) if match else Point(None, point)
 
 

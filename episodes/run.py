@@ -225,7 +225,9 @@ class Call:
         return n_missing(chain.from_iterable(self.run.spans(self.record).values()))
 
     def positions(self, choice: int = 0) -> NDArray[np.int32]:
-        """[positions]: the ones that have a row: all but the last sampled token's, or those that were asked for."""
+        """[positions]: the ones that have a row: those of all tokens that were fed in (the last sampled one seldom is),
+        or of those that were asked for.
+        """
         return np.arange(*self._sequence(choice).wanted(self.record.tokens), dtype=np.int32)
 
     def token_ids(self, choice: int = 0) -> NDArray[np.int32]:

@@ -121,8 +121,9 @@ class Collect(msgspec.Struct, frozen=True):
 class Sequence(msgspec.Struct, frozen=True, omit_defaults=True):
     """One sequence of a call: what the engine was given and what it sampled, as the client's choice saw it.
 
-    The last sampled token is never fed in, so a finished sequence has `n_positions` rows behind it. adapter: the LoRA
-    adapter that it ran with, as `name@path`, or nothing.
+    The last sampled token is not fed in, so a finished sequence has `n_positions` rows behind it. adapter: the LoRA
+    adapter that it ran with, as `name@path`, or nothing. last_fed: the last token was fed in all the same, and may be
+    cached, for the engine learned late that the sequence was over: by a stop string, or of a client that left.
     """
 
     choice: int
@@ -131,16 +132,17 @@ class Sequence(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str | None = None
     n_cached: int = 0
     adapter: str = ""
+    last_fed: bool = False
 
     @property
     def tokens(self) -> NDArray[np.int32]:
-        """The tokens that have a row, in order of position: all but the last sampled one."""
-        ids = self.prompt_token_ids + self.completion_token_ids[:-1]
+        """The tokens that have a row, in order of position: all that were fed in."""
+        ids = (self.prompt_token_ids + self.completion_token_ids)[: self.n_positions]
         return np.frombuffer(struct.pack(f"<{len(ids)}i", *ids), "<i4")  # three times as fast as from a list
 
     @property
     def n_positions(self) -> int:
-        return len(self.prompt_token_ids) + max(len(self.completion_token_ids) - 1, 0)
+        return len(self.prompt_token_ids) + max(len(self.completion_token_ids) - (not self.last_fed), 0)
 
     def wanted(self, tokens: Tokens) -> tuple[int, int]:
         """The positions that should have a row where these tokens are recorded: first, and past the last."""

@@ -140,6 +140,7 @@ class Engine:
                         index=i,
                         token_ids=reply[step : step + 1] if params.output_kind.name == "DELTA" else reply[: step + 1],
                         finish_reason="stop" if step + 1 >= len(reply) else None,
+                        stop_reason=None,
                     )
                     for i, reply in enumerate(replies)
                     if step < len(reply)

@@ -29,6 +29,7 @@ from worker.smollm import NAME as MODEL
 pytestmark = pytest.mark.engine
 
 POINTS = ["layers.0.output", "layers.15.output", "layers.29.output"]
+BLOCK = 32  # tokens of a block in the cache, as the embedded model is run
 POLICY = {"role": "system", "content": "You are a clerk of a library. Be brief. " * 12}
 TOOLS = [
     {
@@ -185,6 +186,25 @@ def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_pat
         for point in POINTS:
             error = np.linalg.norm(call.activations(point) - expected[point], axis=1)
             assert (error <= 1e-4 * np.linalg.norm(expected[point], axis=1)).all()
+
+
+def test_a_call_that_goes_on_from_a_stop_string_finds_all_its_rows(engines, tmp_path):
+    """The engine hears late of one, and caches the block that the last token fills: the next call begins behind it."""
+    with proxy_to(engines.get("float32"), tmp_path) as proxy, httpx.Client(base_url=proxy.url, timeout=120) as client:
+        for n in range(BLOCK):
+            body = {
+                "model": MODEL,
+                "prompt": [*range(100, 100 + BLOCK // 2), *range(300 + n, 300 + BLOCK // 2 + 2 * n)],
+            }
+            body |= {"temperature": 0, "max_tokens": 30, "return_token_ids": True}
+            (choice,) = client.post("/v1/completions", json=body | {"stop": ["e", "a"]}).json()["choices"]
+            body["prompt"] += choice["token_ids"]
+            if len(body["prompt"]) % BLOCK == 0:
+                client.post("/v1/completions", json=body | {"prompt": [*body["prompt"], 1], "max_tokens": 1})
+    run = proxy.open()
+    calls = list(run.history.calls.values())
+    at_a_blocks_end = [c for c in calls if c.sequences[0].last_fed and c.n_positions % BLOCK == 0]
+    assert at_a_blocks_end and list(problems(run)) == []
 
 
 def requests():

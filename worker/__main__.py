@@ -45,6 +45,7 @@ PLAIN = ("1", "mp", "uni")
 REFUSED = {
     "--config": "what it sets would not be looked at here: give the flags themselves",
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
+    "--kv-transfer-config": "rows of a prefix that another engine computed are not here: leave it out",
     "--pipeline-parallel-size": STAGES,
     "--prefill-context-parallel-size": "each rank would see its own tokens only: use --tensor-parallel-size",
     "--distributed-executor-backend": "rows were never seen to come from other machines: give mp, or leave it out",

@@ -50,6 +50,8 @@ class RecordingRunner(GPUModelRunner):
             raise BadInput("tautap does not record under pipeline parallelism: use --tensor-parallel-size")
         if self.speculative_config is not None:
             raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
+        if self.cache_config.kv_sharing_fast_prefill:
+            raise BadInput("a layer would see some of the rows only: leave --kv-sharing-fast-prefill out")
         self.config = config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if config.source == "graphs" and not has_graphs():
             raise BadInput("--capture-source graphs needs a CUDA device: leave it out")

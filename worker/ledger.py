@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from episodes import wire
 from episodes.errors import CaptureLost
@@ -43,11 +45,30 @@ class Growing:
     finish_reason: str | None = None
     n_cached: int = 0
     refused: bool = False  # the engine ran nothing of it
+    ended: bool = False  # by the engine itself, which runs no token after that
+    last_fed: bool = False
 
     def sequence(self, choice: int) -> wire.Sequence:
         return wire.Sequence(
-            choice, self.prompt_token_ids, self.completion_token_ids, self.finish_reason, self.n_cached, self.adapter
+            choice,
+            self.prompt_token_ids,
+            self.completion_token_ids,
+            self.finish_reason,
+            self.n_cached,
+            self.adapter,
+            self.last_fed,
         )
+
+    def learn(self, prompt: NDArray[np.int32], position: NDArray[np.int32], token_id: NDArray[np.int32]) -> None:
+        """Take in what the engine ran of it, which nobody was told who left before a token came out.
+
+        prompt, and [rows] of what was recorded
+        """
+        self.prompt_token_ids = self.prompt_token_ids or prompt.tolist()
+        ran = token_id[position >= len(prompt)].tolist()
+        self.completion_token_ids = self.completion_token_ids or ran
+        n = len(self.completion_token_ids)
+        self.last_fed = 0 < n <= len(ran) and ran[n - 1] == self.completion_token_ids[-1]
 
 
 @dataclass
@@ -94,6 +115,8 @@ class Call:
             else:
                 sequence.completion_token_ids = list(part.token_ids)
             sequence.finish_reason = part.finish_reason or sequence.finish_reason
+            # A stop string is found by the server, which tells the engine.
+            sequence.ended = part.finish_reason in RAN and not isinstance(part.stop_reason, str)
             sequence.n_cached = output.num_cached_tokens or sequence.n_cached
 
 
@@ -198,9 +221,10 @@ class Ledger:
 
     @staticmethod
     def _sequence(choice: int, growing: Growing, path: Path) -> wire.Sequence:
-        if not growing.prompt_token_ids:  # dropped before its first token came out: only the engine knows the prompt
-            tensor = wire.read_header(path)[0]["prompt_token_ids"]  # gone once the file has been handed over
-            growing.prompt_token_ids = wire.read_tensor(path, tensor).tolist()
+        if not growing.ended:
+            tensors, _ = wire.read_header(path)
+            # The prompt is in it until the file has been handed over.
+            growing.learn(*(wire.read_tensor(path, tensors[n]) for n in ("prompt_token_ids", "position", "token_id")))
         return growing.sequence(choice)
 
     def waiting(self) -> list[dict[str, Any]]:

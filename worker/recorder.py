@@ -6,6 +6,7 @@ thread does everything slow. An error ends the captures it touches, with its rea
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -72,10 +73,11 @@ class Span(NamedTuple):
 class Step(NamedTuple):
     """What one forward pass will leave: its spans, the batch stretches they lie in, and the staging slab.
 
-    slab: [rows, points, hidden], the engine's dtype and device. stretches: (batch start, batch stop, slab start).
-    errors: point → why the slab has no value of it, at first all.
+    n_rows: the batch's. slab: [rows, points, hidden], the engine's dtype and device. stretches: (batch start, batch
+    stop, slab start). errors: point → why the slab has no value of it, at first all.
     """
 
+    n_rows: int
     spans: list[Span]
     stretches: list[tuple[int, int, int]]
     points: tuple[str, ...]
@@ -86,6 +88,8 @@ class Step(NamedTuple):
         """The tap's hand-over: copy the captured rows of point i into the slab."""
         try:
             stream, column = read(), self.slab.select(1, i)
+            if stream.n_rows < self.n_rows:
+                raise ValueError(f"it has {stream.n_rows} rows of a batch of {self.n_rows}")
             for start, stop, at in self.stretches:
                 stream.write(column.narrow(0, at, stop - start), start, stop)
             self.errors.pop(self.points[i], None)
@@ -222,9 +226,10 @@ class Recorder:
         choice = order.first_choice + (int(child[1]) if child else 0)
         captured = Captured(order.call, choice, tuple(order.points), prompt, *bounds(order.tokens, len(prompt)))
         name = f"{order.call}.{choice}"
-        try:
+        with contextlib.suppress(OSError):  # which the writer meets, too
             # Now, for the writer may be late: who sees nothing of a sequence whose client left takes it for not run.
             begin(self._spool, name)
+        try:
             for point in captured.points:
                 self._source.watch(point)
         except Exception as error:
@@ -287,7 +292,7 @@ class Recorder:
         except RuntimeError as error:  # no memory left on the device
             self._drop(spans, f"no room to stage {at} rows: {error}")
             return None
-        return Step(spans, stretches, tuple(points), slab, dict.fromkeys(points, NOT_RUN))
+        return Step(row, spans, stretches, tuple(points), slab, dict.fromkeys(points, NOT_RUN))
 
     def hand_over(self, step: Step, input_ids: Tensor) -> None:
         """The forward pass is done: send the slab on its way.
@@ -327,14 +332,14 @@ class Recorder:
                 self._hidden,
                 captured.prompt,
             )
-        except OSError as error:
+        except Exception as error:
             self._refuse(name, f"the spool cannot be written: {error}")
 
     def _refuse(self, name: str, reason: str) -> None:
         self._metrics.add("captures_failed_total")
         try:
             refuse(self._spool, name, reason)
-        except OSError:  # no room even for the reason
+        except OSError:
             logger.exception("capture of %s failed: %s", name, reason)
 
     def _write(
@@ -363,7 +368,7 @@ class Recorder:
             try:
                 n_new = file.append(span.start, token_ids[own], mine)
                 n_rows, n_bytes = n_rows + n_new, n_bytes + n_new * mine.nbytes // span.n_rows
-            except OSError as error:
+            except Exception as error:
                 self._fail(span.request, f"the spool cannot be written: {error}")
         self._metrics.add("rows_total", n_rows)
         self._metrics.add("row_bytes_total", n_bytes)
@@ -374,7 +379,7 @@ class Recorder:
         try:
             self._files[request].finish()
             del self._files[request]
-        except OSError as error:
+        except Exception as error:
             self._fail(request, f"the spool cannot be written: {error}")
 
     def _fail(self, request: str, reason: str) -> None:

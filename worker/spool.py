@@ -101,10 +101,11 @@ class SpoolFile:
         Path(f"{self._path}{PART}").rename(f"{self._path}{WHOLE}")
 
     def drop(self) -> None:
-        """Take away what was written."""
+        """Give up what was written, and its room; `refuse` takes the file away."""
         with contextlib.suppress(OSError):  # what is buffered has no room either
             self._file.close()
-        Path(f"{self._path}{PART}").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.truncate(f"{self._path}{PART}", 0)
 
 
 def begin(directory: Path, name: str) -> None:
@@ -114,11 +115,12 @@ def begin(directory: Path, name: str) -> None:
 
 def refuse(directory: Path, name: str, reason: str) -> None:
     """Leave a reason where the spool file `<call>.<choice>` would have been; none, if there is no room for one."""
-    draft = directory / f"{name}{PART}"
+    draft = directory / f"{name}.reason{PART}"
     draft.touch()
     with contextlib.suppress(OSError):
         draft.write_text(reason)
     draft.rename(directory / f"{name}{FAILED}")
+    (directory / f"{name}{PART}").unlink(missing_ok=True)
 
 
 def used_bytes(directory: Path) -> int:

@@ -108,11 +108,14 @@ def first_input(value: Any) -> Stream:
 
 
 def find_blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
-    """The path and the list of a model's decoder blocks: its one ModuleList as long as the model is deep."""
-    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    """The path and the list of a model's decoder blocks: its one ModuleList as long as the model is deep. A second list
+    of the same blocks is none.
+    """
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    found = {tuple(map(id, blocks)): (path, blocks) for path, blocks in reversed(lists)}
     if len(found) != 1:
         raise UnknownPoint(f"{type(model).__name__}: found {len(found)} lists of {n_layers} blocks, need exactly one")
-    return found[0]
+    return next(iter(found.values()))
 
 
 class Tap(Interleaver):

@@ -102,6 +102,7 @@ def test_a_point_that_the_model_lacks_is_refused_with_what_exists(model, tmp_pat
         (["--capture-source=graphs", "--compilation-config.mode=3"], "--compilation-config.mode=3: give"),
         (["--capture-source=graphs", "-cc.mode=3"], "--compilation-config.mode=3: give"),
         (["-sc", "{}"], "cannot be told apart"),
+        (["--kv-transfer-config", "{}"], "another engine"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_by_name(model, tmp_path, flags, says):

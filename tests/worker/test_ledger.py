@@ -29,14 +29,14 @@ def begin(ledger, call="c", n=1):
     return opened
 
 
-def spool(ledger, call="c", choice=0, finish=True):
-    file = SpoolFile(ledger.spool, call, choice, POINTS, "F32", 1, [1, 2])
-    file.append(0, np.array([1, 2], np.int32), np.zeros((2, 1, 1), np.float32))
+def spool(ledger, call="c", choice=0, finish=True, generated=()):
+    file, tokens = SpoolFile(ledger.spool, call, choice, POINTS, "F32", 1, [1, 2]), [1, 2, *generated]
+    file.append(0, np.array(tokens, np.int32), np.zeros((len(tokens), 1, 1), np.float32))
     return file.finish() if finish else file
 
 
-def output(text, reason=None, index=0):
-    part = SimpleNamespace(index=index, token_ids=list(text), finish_reason=reason)
+def output(text, reason=None, index=0, stop=None):
+    part = SimpleNamespace(index=index, token_ids=list(text), finish_reason=reason, stop_reason=stop)
     return SimpleNamespace(prompt_token_ids=[1, 2], num_cached_tokens=0, outputs=[part])
 
 
@@ -81,6 +81,42 @@ def test_outputs_add_up_as_vllm_means_them(ledger, delta, tokens):
     call.note(0, output([5]), delta)
     call.note(0, output([6, 7], "length"), delta)
     assert call.sequences[0].completion_token_ids == tokens and call.sequences[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop", "ran", "fed"),
+    [
+        ("stop", None, [5, 6], False),
+        ("stop", 6, [5, 6], False),
+        ("length", None, [5, 6], False),
+        ("stop", "six", [5], False),
+        ("stop", "six", [5, 6], True),
+        ("stop", "six", [5, 6, 7], True),
+        (None, None, [5, 6, 7], True),
+        (None, None, [5], False),
+        (None, None, [], False),
+    ],
+)
+def test_a_token_that_was_run_before_the_engine_knew_of_the_end_has_its_row(ledger, reason, stop, ran, fed):
+    """Its block may be cached. What the engine itself ends is cached up to the last token but one."""
+    call = begin(ledger)
+    call.note(0, output([5, 6], reason, stop=stop), delta=True)
+    spool(ledger, generated=ran)
+    ledger.close(call)
+    collect(ledger, call)
+    (sequence,) = call.known
+    assert (sequence.completion_token_ids, sequence.last_fed, sequence.n_positions) == ([5, 6], fed, 3 + fed)
+    assert sequence.tokens.tolist() == [1, 2, 5, 6][: 3 + fed]
+
+
+def test_a_reply_that_was_never_given_out_is_known_by_what_the_engine_ran(ledger):
+    """As one that is no stream, and whose client left; however long it had become."""
+    call, ran = begin(ledger), list(range(5000))
+    spool(ledger, generated=ran)
+    ledger.close(call)
+    collect(ledger, call)
+    (sequence,) = call.known
+    assert sequence.prompt_token_ids == [1, 2] and sequence.completion_token_ids == ran and sequence.n_positions == 5002
 
 
 def test_a_dropped_call_is_waited_for_while_the_engine_writes_it(ledger, monkeypatch):

@@ -13,6 +13,7 @@ from torch import nn
 from episodes.errors import UnknownPoint
 from episodes.wire import read_header, read_tensor
 from tests.conftest import until
+from worker import recorder as module
 from worker.metrics import Metrics, exposition
 from worker.orders import XARG, Config
 from worker.recorder import Lane, Recorder, Writer
@@ -340,6 +341,24 @@ def test_a_sequence_is_seen_in_the_spool_before_it_runs_however_late_the_writer_
     gate.set()
     rig.finish("a")
     until(lambda: [p.suffix for p in rig.spool.glob("ca*")] in ([WHOLE], [FAILED]), "a file or a reason, alone")
+
+
+def test_a_module_that_sees_some_of_the_rows_only_ends_the_capture(tmp_path):
+    """As one that runs on the last row of each request: where it lies in the batch, another's row may stand."""
+    rig = Rig(tmp_path)
+    rig.toy.layers[0].register_forward_pre_hook(lambda module, args: (None, args[1][1:], args[2]))
+    rig.admit("a", "ca", [1, 2])
+    rig.step(("a", 0, [1, 2]), ("b", 0, [3]))
+    rig.finish("a")
+    assert rig.reason("ca") == "layers.0.output: it has 2 rows of a batch of 3"
+
+
+def test_a_capture_that_fails_in_a_way_nobody_foresaw_is_said_to(tmp_path, monkeypatch):
+    rig = Rig(tmp_path)
+    monkeypatch.setattr(module, "SpoolFile", lambda *args: 1 / 0)
+    rig.admit("a", "ca", [1])
+    assert "division by zero" in rig.reason("ca")
+    until(lambda: [path.suffix for path in rig.spool.glob("ca*")] == [FAILED], "a reason alone")
 
 
 def test_a_prompt_whose_rows_have_no_identity_refuses_the_capture(tmp_path):
