@@ -44,9 +44,8 @@ compose-check: setup $(BIN)/docker-compose
 containers: setup $(BIN)/docker-compose
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.containers
 
-# The engine's tests one after the other, the others beside them.
 test: setup $(VENV)/inspect/ready $(BIN)/docker-compose
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest
 
 # Every fault of tests/faults so many times, those that end a real engine a tenth as often, and a tally of what became of
 # the calls; `make test` injects each once.

@@ -35,14 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--times", type=int, default=1, help="how often each fault of tests/faults is injected")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run in several processes (`make test`), those that have an engine are one process's."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if (mark := item.get_closest_marker("engine")) and mark.kwargs.get("alone", True):
-            item.add_marker(pytest.mark.xdist_group("engine"))
-
-
 # Tests share two cores with whatever they start, so this is far above what disk or tensors on the loop would need.
 BLOCKED_S = 1.0
 

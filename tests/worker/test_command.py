@@ -322,11 +322,11 @@ runpy.run_module("worker.launch", run_name="__main__")
 ROOM = ["--gpu-memory-utilization", "0.1"]
 
 
-@pytest.mark.engine(alone=False)
+@pytest.mark.engine
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--kv-cache-memory-bytes", "4096", *ROOM], "too little memory for its cache: give a smaller --max-model-len"),
+        (["--kv-cache-memory-bytes", "4096"], "too little memory for its cache: give a smaller --max-model-len"),
         (["--gpu-memory-utilization", "0.00001"], "--gpu-memory-utilization"),
         (["--max-model-len", "100000"], "give a smaller --max-model-len (Value error, User-specified max_model_len"),
         (["-tp", "3"], "give another --tensor-parallel-size"),
@@ -336,8 +336,9 @@ ROOM = ["--gpu-memory-utilization", "0.1"]
         ([], "there is no GPU that can be used here"),
     ],
 )
-def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(tmp_path, flags, says):
+def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(engines, tmp_path, flags, says):
     """Real vLLM, which says it in pages; ours is the last line of all."""
+    engines.stop()
     make("qwen3", tmp_path)
     if "--load-format" in flags:
         (tmp_path / "model.safetensors").unlink()
