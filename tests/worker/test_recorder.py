@@ -393,6 +393,24 @@ def test_a_point_that_the_model_lacks_stops_the_worker(tmp_path):
         find_blocks(Toy(), 7)
 
 
+def test_a_second_list_of_the_same_blocks_is_none():
+    toy = Toy()
+    toy.half = nn.Sequential(toy.layers[:])
+    path, blocks = find_blocks(toy, N_LAYERS)
+    assert path == "layers" and blocks is toy.layers
+
+
+def test_nothing_waits_that_holds_nothing():
+    writer, gate, done = Writer(bound=10), threading.Event(), threading.Event()
+    writer.put(100, gate.wait)
+    opening = threading.Thread(target=lambda: writer.put(0, done.set))
+    opening.start()
+    opening.join(10)
+    assert not opening.is_alive() and not done.is_set()
+    gate.set()
+    assert done.wait(10)
+
+
 def test_the_step_waits_when_the_buffer_is_full():
     """More than the bound is never queued, and nothing is dropped: a job larger than it goes through alone."""
     writer, gate, done = Writer(bound=10), threading.Event(), []
