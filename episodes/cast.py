@@ -184,8 +184,7 @@ class Cast:
         for _, over, call in sorted(events, key=lambda event: event[:2]):
             place = Place(call.episode, call.thread, call.turn, call.attempt, call.kind)
             if over:
-                good = call.status == 200 and call.error is None
-                self.replied(place, reply_messages(parse_object(call.reply) or {}) if good else [])
+                self.replied(place, reply_messages(parse_object(call.reply) or {}) if call.answered else [])
             else:
                 messages = chat(parse_object(call.request)) or []
                 self._threads.replay(place, messages, call.named)

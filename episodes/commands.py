@@ -151,7 +151,7 @@ def _show_call(out: Console, call: Call, before: list[JSON]) -> list[JSON]:
     for choice in objects(reply.get("choices")):
         if "text" in choice:
             _say(out, "completion", {"content": choice["text"]})
-    if record.status != 200 or record.error:
+    if not record.answered:
         out.print(f"  HTTP {record.status}: {record.error or record.reply[:200]}", style="red")
     for sequence in record.sequences:
         spans = ", ".join(_span(span, record.id) for span in call.spans(sequence.choice))

@@ -179,6 +179,11 @@ class Call(msgspec.Struct, frozen=True, tag="call", omit_defaults=True):
             return Usage()
 
     @property
+    def answered(self) -> bool:
+        """Whether its client got a reply, to the end."""
+        return self.status == 200 and self.error is None
+
+    @property
     def n_positions(self) -> int:
         """Positions that should have a row."""
         return sum(stop - first for first, stop in (s.wanted(self.tokens) for s in self.sequences))

@@ -210,8 +210,7 @@ class Call:
     def whole(self) -> bool:
         """Whether it was answered to the end, recorded at some point, and has a row for every position asked for."""
         record = self.record
-        answered = record.status == 200 and record.error is None
-        return bool(answered and record.points and record.sequences) and not self.missing
+        return bool(record.answered and record.points and record.sequences) and not self.missing
 
     def spans(self, choice: int = 0) -> list[Span]:
         """Whose rows the call's positions have, in order."""

@@ -379,7 +379,7 @@ class Recording:
                 await self._fetch(claim)
                 self._metrics.claim.observe(time.perf_counter() - over)
         except CaptureLost as error:
-            if not error.ran and (call.status != 200 or call.error is not None):
+            if not error.ran and not call.answered:
                 return call
             return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
         except TautapError as error:

@@ -77,12 +77,10 @@ class RecordingRunner(GPUModelRunner):
         """vLLM's measure of the memory that a step takes, with what the largest step records beside it, and the one
         before it where steps are planned ahead: the cache of keys and values gets the rest.
         """
-        held = []
-        if self.recorder is not None:
-            n_steps, n_points = 1 + self.scheduler_config.async_scheduling, len(self.config.points)
-            held = [self.recorder.slab(self.max_num_tokens, n_points, self.device) for _ in range(n_steps)]
+        n_rows = self.max_num_tokens * (1 + self.scheduler_config.async_scheduling)
+        held = self.recorder and self.recorder.slab(n_rows, len(self.config.points), self.device)
         super().profile_run(*args, **kwargs)
-        held.clear()
+        del held
 
     def capture_model(self) -> Any:
         """Record vLLM's CUDA graphs, with the observers' copies in them if they are to be replayed, and replay one."""

@@ -60,9 +60,10 @@ class Growing:
         )
 
     def learn(self, prompt: NDArray[np.int32], position: NDArray[np.int32], token_id: NDArray[np.int32]) -> None:
-        """Take in what the engine ran of it, which nobody was told who left before a token came out.
+        """Take in, of a sequence that the engine did not end itself, what it ran: its client may have left before it
+        was told any of that.
 
-        prompt, and [rows] of what was recorded
+        prompt: [tokens]. position, token_id: [rows], as recorded
         """
         self.prompt_token_ids = self.prompt_token_ids or prompt.tolist()
         ran = token_id[position >= len(prompt)].tolist()

@@ -28,7 +28,7 @@ from episodes.wire import bounds
 from worker.edit import Rows
 from worker.metrics import Metrics
 from worker.orders import XARG, Config, Order
-from worker.spool import SpoolFile, begin, refuse, used_bytes
+from worker.spool import PART, SpoolFile, refuse, spooled, used_bytes
 from worker.tap import Stream
 
 logger = logging.getLogger("tautap.recorder")
@@ -225,17 +225,16 @@ class Recorder:
         child = CHILD.match(request)
         choice = order.first_choice + (int(child[1]) if child else 0)
         captured = Captured(order.call, choice, tuple(order.points), prompt, *bounds(order.tokens, len(prompt)))
-        name = f"{order.call}.{choice}"
         with contextlib.suppress(OSError):  # which the writer meets, too
             # Now, for the writer may be late: who sees nothing of a sequence whose client left takes it for not run.
-            begin(self._spool, name)
+            spooled(self._spool, order.call, choice, PART).touch()
         try:
             for point in captured.points:
                 self._source.watch(point)
         except Exception as error:
             refused = str(error)
         if refused is not None:
-            self._writer.put(0, partial(self._refuse, name, refused))
+            self._writer.put(0, partial(self._refuse, f"{order.call}.{choice}", refused))
             return
         self._captured[request] = captured
         self._writer.put(0, lambda: self._open(request, captured))

@@ -108,11 +108,6 @@ class SpoolFile:
             os.truncate(f"{self._path}{PART}", 0)
 
 
-def begin(directory: Path, name: str) -> None:
-    """Let it be seen that the spool file `<call>.<choice>`, or a reason why there is none, is to come."""
-    (directory / f"{name}{PART}").touch()
-
-
 def refuse(directory: Path, name: str, reason: str) -> None:
     """Leave a reason where the spool file `<call>.<choice>` would have been; none, if there is no room for one."""
     draft = directory / f"{name}.reason{PART}"

@@ -112,10 +112,10 @@ def find_blocks(model: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
     of the same blocks is none.
     """
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    found = {tuple(map(id, blocks)): (path, blocks) for path, blocks in reversed(lists)}
-    if len(found) != 1:
-        raise UnknownPoint(f"{type(model).__name__}: found {len(found)} lists of {n_layers} blocks, need exactly one")
-    return next(iter(found.values()))
+    n_lists = len({tuple(map(id, blocks)) for _, blocks in lists})
+    if n_lists != 1:
+        raise UnknownPoint(f"{type(model).__name__}: found {n_lists} lists of {n_layers} blocks, need exactly one")
+    return lists[0]
 
 
 class Tap(Interleaver):

@@ -55,7 +55,7 @@ class Done:
 
 @contextmanager
 def asynchronous():
-    """What keeps vLLM from planning ahead on a CPU is taken out of the way. Inside `graphed`."""
+    """What keeps vLLM from planning ahead on a CPU is taken out of the way. Where both are wanted, inside `graphed`."""
     before = CpuPlatform.check_and_update_config
 
     def check_first(config):
