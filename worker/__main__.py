@@ -101,7 +101,8 @@ def plan(arguments: list[str], env: dict[str, str]) -> tuple[list[str], dict[str
     if model is None and _value(vllm_args, "--model") is None:
         model = str(smollm.ensure(Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tautap"))
         defaults |= smollm.VLLM_ARGS
-        env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        if not (_values(vllm_args, "--kv-cache-memory-bytes") or _values(vllm_args, "--gpu-memory-utilization")):
+            env.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # on a CPU it overrides both
     if model is not None:
         defaults["--model"] = model
     for flag, value in defaults.items():

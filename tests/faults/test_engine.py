@@ -32,7 +32,7 @@ class RealStack(Stack):
         self.spool = self.home / f"tautap-spool-{self.worker_port}"
         where = ["--port", f"{self.worker_port}", "--spool-dir", f"{self.home}"]
         # Blocks of 32 tokens, for the prompts here to share some.
-        engine = ["--max-model-len", "1024", "--block-size", "32", "--gpu-memory-utilization", "0.2"]
+        engine = ["--max-model-len", "1024", "--kv-cache-memory-bytes", "256M"]
         return ["-m", "worker", "--layers", "0,15,29", *where, *engine]
 
     def check_call(self, call, text):

@@ -125,7 +125,7 @@ def test_a_call_that_cannot_be_noted_is_recorded_as_what_its_client_got(stub, tm
     with proxy_to(stub.url, tmp_path, durability="sync") as proxy:
         body = {"model": MODEL, "messages": [user("Hi")]}
         assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 503
-        (call,) = committed(proxy, 1).history.calls.values()
+    (call,) = proxy.open().history.calls.values()
     assert call.status == 503 and "could not be noted" in call.error
 
 

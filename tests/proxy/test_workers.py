@@ -246,7 +246,8 @@ class RealWorker:
         port = free_port()
         self.url, self._log = f"http://127.0.0.1:{port}", logs / f"{core}.log"
         flags = ["--layers", "0,15", "--max-model-len", "2048", "--port", str(port), "--spool-dir", str(logs)]
-        env = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_CPU_KVCACHE_SPACE": "1"}
+        flags += ["--kv-cache-memory-bytes", "256M"]
+        env = {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
         kept = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
         command = [sys.executable, "-m", "worker", *flags]
         with self._log.open("wb") as log:
@@ -327,7 +328,7 @@ def test_a_real_worker_is_killed_half_way_and_nothing_that_was_answered_is_lost(
     """
     with fleet(real, tmp_path / "data", durability="sync", claim_timeout_s=3) as proxy:
         talks = [
-            Talk(proxy.client(), name, 3, 32) for name in ("tea", "rain", "iron", "bees", "salt", "ink", "oak", "wool")
+            Talk(proxy.client(), name, 3, 16) for name in ("tea", "rain", "iron", "bees", "salt", "ink", "oak", "wool")
         ]
         for talk in talks:
             talk.start()

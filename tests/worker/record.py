@@ -25,8 +25,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
 import numpy as np
 import torch
 
@@ -38,7 +36,7 @@ PROMPT = list(range(5, 45))
 N_GENERATED = 4
 # Of one size: decode steps of fewer requests are padded.
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4]}
-# One core a rank. Without this, and without saying how large the cache is, vLLM wants memory of several kinds.
+# One core a rank. Without this vLLM wants memory of several kinds.
 SPLIT = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -75,7 +73,7 @@ def record(
             as_on_a_gpu.enter_context(graphed())
         as_on_a_gpu.enter_context(asynchronous())
     if ranks > 1:
-        more |= {"tensor_parallel_size": ranks, "kv_cache_memory_bytes": 1 << 26, "distributed_executor_backend": "mp"}
+        more |= {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"}
         os.environ.update(SPLIT)
     order = {"call": "c", "points": asked["points"], "first_choice": 0}
     sampling = {"detokenize": False, "temperature": 0, "ignore_eos": True}
@@ -85,9 +83,10 @@ def record(
     lora = LoRARequest("tuned", 1, adapter) if adapter else None
     with as_on_a_gpu, patch.object(Step, "receive_all", autospec=True, side_effect=Step.receive_all) as replayed:
         register(model)
+        gc.freeze()  # vLLM collects garbage nine times a model, and looks through all that it has imported
         llm = LLM(
             model, dtype="float32", skip_tokenizer_init=True, enforce_eager=asked.get("source", "nnsight") == "nnsight",
-            max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, block_size=32, gpu_memory_utilization=0.1,
+            max_model_len=256, max_num_batched_tokens=32, max_num_seqs=4, block_size=32, kv_cache_memory_bytes=1 << 26,
             additional_config={XARG: config | asked}, enable_lora=adapter is not None, **more,
         )  # fmt: skip
         # The worker's middleware gives captured calls a salt, which keeps their cache from others. The first prompt's
@@ -140,6 +139,7 @@ def work(job: dict[str, object]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what vLLM prints is no answer
     for line in sys.stdin:

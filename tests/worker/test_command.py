@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from episodes.errors import BadInput, UnknownPoint
 from tests.conftest import free_port
 from tests.worker.test_families import make
+from worker import smollm
 from worker.__main__ import _values, free_socket, plan
 from worker.spool import prepare
 
@@ -47,6 +49,14 @@ def test_vllm_gets_its_own_flags_and_ours_are_taken(model, tmp_path):
     points = ["layers.3.output", "layers.3.attn", "layers.5.output", "layers.5.attn"]
     assert additional["tautap"]["points"] == points and additional["tautap"]["tokens"] == "all"
     assert command[command.index("--host") + 1] == "127.0.0.1" and "--enforce-eager" in command
+
+
+def test_the_embedded_models_cache_is_as_large_as_is_said(model, tmp_path, monkeypatch):
+    """On a CPU, vLLM's variable would override either flag."""
+    monkeypatch.setattr(smollm, "ensure", lambda cache: Path(model))
+    envs = [plan(flags, {})[1] for flags in ([], ["--kv-cache-memory-bytes=1G"], ["--gpu-memory-utilization", "0.2"])]
+    assert [env.get("VLLM_CPU_KVCACHE_SPACE") for env in envs] == ["2", None, None]
+    assert plan([], {"VLLM_CPU_KVCACHE_SPACE": "5"})[1]["VLLM_CPU_KVCACHE_SPACE"] == "5"
 
 
 def test_a_flag_without_a_value_is_left_to_vllm():
@@ -268,7 +278,7 @@ def run(*arguments, script=None, **env):
     """`tautap worker` with these arguments, in a directory where `broken` is no model."""
     command = [sys.executable, *(("-c", script) if script else ("-m", "proxy", "worker")), *arguments]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=kept | env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=kept | env)
 
 
 @pytest.mark.parametrize(
@@ -320,38 +330,48 @@ runpy.run_module("worker.launch", run_name="__main__")
 
 
 ROOM = ["--gpu-memory-utilization", "0.1"]
+# flags → what the last line says
+UNSTARTED = [
+    (["--kv-cache-memory-bytes", "4096"], "too little memory for its cache: give a smaller --max-model-len"),
+    (["--gpu-memory-utilization", "0.00001"], "--gpu-memory-utilization"),
+    (["--max-model-len", "100000"], "give a smaller --max-model-len (Value error, User-specified max_model_len"),
+    (["-tp", "3"], "give another --tensor-parallel-size"),
+    (["--load-format", "safetensors", *ROOM], "the model's directory is not whole: download it again"),
+    (["--point", "x=model.layers.*.nothing.output", *ROOM], "model.layers.0 has self_attn, mlp"),
+    (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+    ([], "there is no GPU that can be used here"),
+]
+
+
+@pytest.fixture(scope="module")
+def ended(engines, tmp_path_factory):
+    """How each of UNSTARTED ended. Two at a time: until it has a model, vLLM takes one core."""
+    engines.stop()
+    homes = [tmp_path_factory.mktemp("unstarted") for _ in UNSTARTED]
+    for home in homes:
+        make("qwen3", home)
+    with ThreadPoolExecutor(2) as two:
+        return list(two.map(start, homes, (flags for flags, _ in UNSTARTED)))
+
+
+def start(home, flags):
+    if "--load-format" in flags:
+        (home / "model.safetensors").unlink()
+    where = ["--port", str(free_port()), "--spool-dir", str(home), "--spool-bytes", "1M"]
+    arguments = [str(home), *flags, *where, "--skip-tokenizer-init", "--max-num-seqs", "4"]
+    if flags:
+        return run(*arguments)
+    command, env, config = plan(arguments, {})
+    prepare(Path(config.spool_dir))
+    return run(*command[3:], script=WITHOUT_A_GPU, **env)
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--kv-cache-memory-bytes", "4096"], "too little memory for its cache: give a smaller --max-model-len"),
-        (["--gpu-memory-utilization", "0.00001"], "--gpu-memory-utilization"),
-        (["--max-model-len", "100000"], "give a smaller --max-model-len (Value error, User-specified max_model_len"),
-        (["-tp", "3"], "give another --tensor-parallel-size"),
-        (["--load-format", "safetensors", *ROOM], "the model's directory is not whole: download it again"),
-        (["--point", "x=model.layers.*.nothing.output", *ROOM], "model.layers.0 has self_attn, mlp"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        ([], "there is no GPU that can be used here"),
-    ],
-)
-def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(engines, tmp_path, flags, says):
+@pytest.mark.parametrize("n", range(len(UNSTARTED)), ids=[" ".join(flags[:2]) or "no GPU" for flags, _ in UNSTARTED])
+def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(ended, n):
     """Real vLLM, which says it in pages; ours is the last line of all."""
-    engines.stop()
-    make("qwen3", tmp_path)
-    if "--load-format" in flags:
-        (tmp_path / "model.safetensors").unlink()
-    where = ["--port", str(free_port()), "--spool-dir", str(tmp_path), "--spool-bytes", "1M"]
-    arguments = [str(tmp_path), *flags, *where, "--skip-tokenizer-init", "--max-num-seqs", "4"]
-    if flags:
-        done = run(*arguments)
-    else:
-        command, env, config = plan(arguments, {})
-        prepare(Path(config.spool_dir))
-        done = run(*command[3:], script=WITHOUT_A_GPU, **env)
+    done, (flags, says) = ended[n], UNSTARTED[n]
     *_, last = done.stderr.splitlines()
-    print(last)
     assert done.returncode == (1 if "--point" in flags else 2)
     assert last.startswith("tautap worker: ") and says in last, done.stderr[-3000:]
 
