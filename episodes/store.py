@@ -355,12 +355,14 @@ class Store:
 
 
 def _computed(file: CallFile) -> Ranges:
-    """choice → the positions that the file has rows of, as ranges."""
+    """choice → the positions that the file has a row of with the token that came to stand there, as ranges."""
     computed: Ranges = {}
     for sequence in file.sequences:
-        position = file.position[file.choice == sequence.choice]
-        present = np.zeros(int(position.max(initial=-1)) + 1, bool)
-        present[position] = True
+        own, tokens = file.choice == sequence.choice, sequence.tokens
+        position, token_id = file.position[own], file.token_id[own]
+        inside = position < len(tokens)
+        present = np.zeros(len(tokens), bool)
+        present[position[inside]] = token_id[inside] == tokens[position[inside]]
         computed[sequence.choice] = runs(present)
     return computed
 

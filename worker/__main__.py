@@ -25,6 +25,7 @@ from episodes.access import key_in, loopback
 from episodes.errors import BadInput, TautapError
 from episodes.points import Points, default_layers, parse_custom
 from worker import smollm
+from worker.limits import PLAIN, REFUSED
 from worker.orders import XARG, Config, load_edit
 from worker.spool import prepare
 
@@ -38,22 +39,6 @@ Every other flag goes to vLLM's OpenAI server as it is (--max-model-len, --tenso
 loopback only with a key: --api-key-file, or VLLM_API_KEY in the environment.
 Prefix caching and chunked prefill stay on. The model runs eagerly, unless --capture-source says otherwise.
 """
-# What vLLM can do and the recorder cannot, or was never seen to do, by flag, unless it is set to one of PLAIN.
-REPLICAS = "start one worker for each replica, and give the proxy all of them: --backend URL --backend URL"
-STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
-PLAIN = ("1", "mp", "uni")
-REFUSED = {
-    "--config": "what it sets would not be looked at here: give the flags themselves",
-    "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
-    "--kv-transfer-config": "rows of a prefix that another engine computed are not here: leave it out",
-    "--pipeline-parallel-size": STAGES,
-    "--prefill-context-parallel-size": "each rank would see its own tokens only: use --tensor-parallel-size",
-    "--distributed-executor-backend": "rows were never seen to come from other machines: give mp, or leave it out",
-    "--nnodes": "rows were never seen to come from other machines: leave it out",
-    **dict.fromkeys(("--data-parallel-size", "--data-parallel-size-local"), REPLICAS),
-    **dict.fromkeys(("--data-parallel-rank", "--data-parallel-start-rank"), REPLICAS),
-    "--api-server-count": "the activations of a call are known to one API server only: leave it out",
-}
 # vLLM's short names of flags that are looked at here.
 SHORT = {
     "-asc": "--api-server-count", "-cc": "--compilation-config", "-dp": "--data-parallel-size",

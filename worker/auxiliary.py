@@ -6,12 +6,11 @@ drafters, it works without one. Which blocks is settled before the model is comp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
-from vllm.model_executor.models.interfaces import supports_eagle3
+from torch import Tensor, nn
 
 from episodes.errors import UnknownPoint
 from episodes.points import split
@@ -26,7 +25,7 @@ class Auxiliary:
 
     def __init__(self, model: nn.Module, points: Iterable[str]) -> None:
         """Tell the model, before it is compiled. UnknownPoint if it is of a family that cannot do so."""
-        if not supports_eagle3(model):
+        if not callable(getattr(model, "set_aux_hidden_state_layers", None)):
             raise UnknownPoint(
                 f"{type(model).__name__} has no auxiliary hidden states in vLLM: leave --capture-source aux out"
             )
@@ -53,5 +52,10 @@ class Auxiliary:
         _, states = output
         if sink is not None:
             for i, point in enumerate(sink.points):
-                sink.receive(i, partial(Stream, states[self._order[self._id(point)]]))
+                sink.receive(i, partial(self._read, states, point))
         return output
+
+    def _read(self, states: Sequence[Tensor], point: str) -> Stream:
+        if len(states) != len(self._order):
+            raise UnknownPoint(f"the model returns {len(states)} auxiliary hidden states, of {len(self._order)}")
+        return Stream(states[self._order[self._id(point)]])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from vllm.config import CUDAGraphMode
-from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -17,8 +17,9 @@ from episodes.wire import DTYPE_CODES
 from worker.auxiliary import Auxiliary
 from worker.edit import Edit, Rows
 from worker.graphs import Graphs
+from worker.limits import check
 from worker.orders import XARG, Config
-from worker.probe import probe
+from worker.probe import probe, trial
 from worker.recorder import CudaLane, Lane, Recorder, Source
 from worker.spool import WRONG
 from worker.tap import Tap
@@ -46,12 +47,7 @@ class RecordingRunner(GPUModelRunner):
     _scheduled: dict[str, int] | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        if get_pp_group().world_size > 1:
-            raise BadInput("tautap does not record under pipeline parallelism: use --tensor-parallel-size")
-        if self.speculative_config is not None:
-            raise BadInput("tautap does not record speculative decoding: leave --speculative-config out")
-        if self.cache_config.kv_sharing_fast_prefill:
-            raise BadInput("a layer would see some of the rows only: leave --kv-sharing-fast-prefill out")
+        check(self.vllm_config)
         self.config = config = msgspec.convert(self.vllm_config.additional_config[XARG], Config)
         if config.source == "graphs" and not has_graphs():
             raise BadInput("--capture-source graphs needs a CUDA device: leave it out")
@@ -105,22 +101,27 @@ class RecordingRunner(GPUModelRunner):
             # A token from the middle: the first is often padding, and all that is computed of it nought. Attention too:
             # if it does not run, it leaves what was in memory.
             self.input_ids.gpu[:n_rows] = self.model_config.get_vocab_size() // 2
+            output: list[Any] = []
+            returned = self.get_model().register_forward_hook(lambda model, args, value: output.append(value))
             try:
-                return self._dummy_run(n_rows, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=True)
+                self._dummy_run(n_rows, cudagraph_runtime_mode=CUDAGraphMode.NONE, force_attention=True)
             finally:
+                returned.remove()
                 self.input_ids.gpu[:n_rows] = 0
+            return output.pop()
 
+        hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
+        ranks = by_rank if get_tp_group().world_size > 1 else None
         if self.tap is not None:
-            hidden, dtype = self.model_config.get_hidden_size(), self.model_config.dtype
-            split = get_tp_group().world_size > 1
-            probe(self.tap, 1, hidden, dtype, partial(forward, 1), by_rank if split else None)
+            probe(self.tap, 1, hidden, dtype, partial(forward, 1), ranks)
             for point in self.config.points:
                 self.tap.watch(point)
             if self.recorder is not None:
                 (Path(self.config.spool_dir) / WRONG).write_bytes(msgspec.json.encode(self.tap.wrong))
+        trial(self.source, self.config.points, hidden, dtype, self.device, partial(forward, 1), ranks)
         if self.edit is not None:  # beside rows that are not its own
-            trial = partial(self.edit.run, [Rows("", 1, 0, 2, 2)], 4, refuse, partial(forward, 4))
-            self.source.run(None, trial)
+            edited = partial(self.edit.run, [Rows("", 1, 0, 2, 2)], 4, refuse, partial(forward, 4))
+            self.source.run(None, edited)
 
     def _update_states(self, scheduler_output: SchedulerOutput) -> Any:
         if self.recorder is not None:

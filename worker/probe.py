@@ -8,7 +8,7 @@ not trusted.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from episodes.errors import UnknownPoint
 from episodes.points import split
+from worker.recorder import NOT_RUN, Source, Step
 from worker.tap import JOINING, Tap, Watch, flat
 
 STREAM = ("input", "output")
@@ -47,6 +48,33 @@ def probe(
     tap.whole = second.same_end(first) and not any(split(point).hook in STREAM for point in wrong)
     if tap.whole:
         tap.wrong = wrong
+
+
+def trial(
+    source: Source,
+    points: Sequence[str],
+    hidden: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    forward: Callable[[], Any],
+    by_rank: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Run `forward`, a pass of one row, as if these points of it were recorded: UnknownPoint for one that the source
+    does not hand over, or of which each rank has a part. Twice, for what vLLM does in the first pass may come between.
+
+    hidden, dtype, by_rank: as in `probe`. device: the engine's
+    """
+    for _ in range(2):
+        slab = torch.empty((1, len(points), hidden), dtype=dtype, device=device)
+        step = Step(1, [], [(0, 1, 0)], tuple(points), slab, dict.fromkeys(points, NOT_RUN))
+        source.run(step, forward)
+    for point, reason in step.errors.items():
+        raise UnknownPoint(f"{point}: {reason}")
+    if by_rank is not None:
+        first, *others = by_rank(slab)
+        for i, point in enumerate(points):
+            if not all(_same(other[:, i], first[:, i], TOLERANCE[dtype]) for other in others):
+                raise UnknownPoint(f"{point}: each rank has a part of it")
 
 
 class Probe:

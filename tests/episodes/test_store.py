@@ -67,9 +67,11 @@ class Writer:
 
     def commit(
         self, name, prompt, completion, computed=0, episode="e", points=POINTS, turn=0, choices=1, tokens="all",
-        adapter="",
+        adapter="", ran=None,
     ):  # fmt: skip
-        """A call that computed the rows from `computed` on; its other rows came out of the cache."""
+        """A call that computed the rows from `computed` on; its other rows came out of the cache. ran: position → the
+        token that was run there, if it was another than its sequence has.
+        """
         asked = tokens
         sequences = []
         for choice in range(choices):
@@ -81,7 +83,8 @@ class Writer:
             first = max(first, computed)
             if first < stop:
                 rows = rows[first - computed : stop - computed]
-                file.append(first, np.array(tokens[first:stop], np.int32), np.array(rows).view(np.uint8))
+                fed = [(ran or {}).get(p, tokens[p]) for p in range(first, stop)]
+                file.append(first, np.array(fed, np.int32), np.array(rows).view(np.uint8))
             file.finish()
             sequences.append((sequence, spooled(self.spool, name, choice)))
         claim = self.store.draft(name)
@@ -120,6 +123,21 @@ def check_talk(run):
             found = call.activations(point)
             assert found.dtype == ml_dtypes.bfloat16 and np.array_equal(found, expected(tokens, point))
     assert list(problems(run)) == []
+
+
+def test_a_row_of_a_token_that_did_not_stay_is_missing(tmp_path):
+    """It is the row of no token of the sequence."""
+    writer = Writer(tmp_path)
+    writer.commit("a", [1, 2, 3], [4, 5], ran={3: 9})
+    writer.commit("b", [1, 2, 3, 4, 5], [6], computed=4, turn=1)
+    run = writer.close()
+    owners = {
+        name: [(s.start, s.stop, s.owner and s.owner.call) for s in run.call(name).spans()] for name in ("a", "b")
+    }
+    assert owners == {"a": [(0, 3, "a"), (3, 4, None)], "b": [(0, 3, "a"), (3, 4, None), (4, 5, "b")]}
+    with pytest.raises(MissingRows, match="positions 3 to 4"):
+        run.call("a").activations(POINTS[0])
+    assert all("missing" in problem for problem in problems(run))
 
 
 def test_a_run_that_is_made_is_there_after_a_power_cut(tmp_path, monkeypatch):

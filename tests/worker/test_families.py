@@ -220,6 +220,21 @@ def test_a_location_that_does_not_fit_is_refused_at_start_by_name(record, tmp_pa
     assert isinstance(refused, str) and "UnknownPoint" in refused and says in refused
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}, "--kv-transfer-config: rows of a prefix that"),
+        ({"offload_group_size": 2}, "--offload-group-size: to move a block's weights"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: a layer would see"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}}, "--speculative-config: rows of"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_by_the_engine_however_it_was_asked_for(record, tmp_path, flags, says):
+    make("llama", tmp_path)
+    refused = record(tmp_path, OUTPUTS, flags=flags)
+    assert isinstance(refused, str) and "BadInput" in refused and says in refused, refused
+
+
 @pytest.fixture(scope="module")
 def observed(record, tmp_path_factory):
     """What the observers record of every layer's output of the tiny Llama."""

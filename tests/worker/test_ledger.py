@@ -89,6 +89,7 @@ def test_outputs_add_up_as_vllm_means_them(ledger, delta, tokens):
         ("stop", None, [5, 6], False),
         ("stop", 6, [5, 6], False),
         ("length", None, [5, 6], False),
+        ("repetition", "repetition_detected", [5, 6], False),  # vLLM's own words
         ("stop", "six", [5], False),
         ("stop", "six", [5, 6], True),
         ("stop", "six", [5, 6, 7], True),

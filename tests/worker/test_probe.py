@@ -6,7 +6,8 @@ from torch import nn
 
 from episodes.errors import UnknownPoint
 from episodes.points import split
-from worker.probe import probe
+from worker.auxiliary import Auxiliary
+from worker.probe import probe, trial
 from worker.tap import Tap
 
 HIDDEN, N_LAYERS = 8, 3
@@ -176,3 +177,72 @@ def test_a_module_of_ones_own_is_refused_alone():
     assert tap.wrong.keys() == {"ids", "none"}
     assert tap.wrong["ids"] == "ids: it is called with no tensor of numbers"
     assert "layers.x.output does not exist" in tap.wrong["none"]
+
+
+OUTPUTS = [f"layers.{n}.output" for n in range(N_LAYERS)]
+
+
+def tried(model, source, by_rank=None):
+    """A trial of every block's output."""
+    with torch.no_grad():
+        trial(source, OUTPUTS, HIDDEN, torch.float32, torch.device("cpu"), lambda: model(torch.tensor([5])), by_rank)
+
+
+def watching(model):
+    tap = Tap(model, N_LAYERS)
+    for point in OUTPUTS:
+        tap.watch(point)
+    return tap
+
+
+@pytest.mark.filterwarnings("ignore:.*was replaced after nnsight wrapped")
+def test_a_point_whose_module_is_given_another_forward_as_it_runs_is_refused():
+    """As vLLM does to move a block's weights to the device in time; its first pass is not the last."""
+    model = Model(Block)
+    tried(model, watching(model))
+    block = model.layers[2]
+    plain = block.forward
+
+    def moving(*args):
+        block.forward = plain
+        output = plain(*args)
+        block.forward = moving
+        return output
+
+    block.forward = moving
+    with pytest.raises(UnknownPoint, match=r"layers\.2\.output: the model did not come by it"):
+        tried(model, watching(model))
+
+
+def test_a_point_of_which_each_rank_has_a_part_is_refused():
+    model = Model(Block)
+
+    def by_rank(rows):
+        other = rows.clone()
+        other[:, 1] += 0.5
+        return torch.stack([rows, other])
+
+    tried(model, watching(model), lambda rows: torch.stack([rows, rows]))
+    with pytest.raises(UnknownPoint, match=r"layers\.1\.output: each rank has a part of it"):
+        tried(model, watching(model), by_rank)
+
+
+class Auxiliaries(Model):
+    """Returns the stream behind chosen blocks, but for the last one's, as some of vLLM's families do."""
+
+    def set_aux_hidden_state_layers(self, layers):
+        self.wanted = layers
+
+    def forward(self, ids):
+        hidden, residual, states = self.embed(ids), None, []
+        for n, layer in enumerate(self.layers):
+            if n in self.wanted:
+                states.append(hidden if residual is None else hidden + residual)
+            hidden, residual = layer(None, hidden, residual)
+        return self.norm(hidden, residual)[0], states
+
+
+def test_auxiliary_hidden_states_that_are_fewer_than_was_told_are_refused_and_never_end_a_step():
+    model = Auxiliaries(Block)
+    with pytest.raises(UnknownPoint, match=r"layers\.0\.output: the model returns 2 auxiliary hidden states, of 3"):
+        tried(model, Auxiliary(model, OUTPUTS))
