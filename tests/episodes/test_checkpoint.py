@@ -71,6 +71,13 @@ def test_a_writer_knows_the_same_with_a_checkpoint_and_without(tmp_path):
     assert not [problem for problem in problems_of(layout) if "rows.parquet" in problem]
 
 
+def test_a_checkpoint_of_many_stretches_has_them_all(tmp_path, monkeypatch):
+    """More than are written at once."""
+    monkeypatch.setattr("episodes.checkpoint.BATCH", 2)
+    layout, _ = a_run(tmp_path)
+    assert len(pq.read_table(layout.rows)) > 4 and known(checkpoint.state(layout)) == known(without(layout))
+
+
 def problems_of(layout):
     return list(problems(open_run(layout.root)))
 

@@ -89,6 +89,16 @@ def test_rows_of_other_tokens_or_points_fill_nothing(tmp_path):
     writer.close()
 
 
+def test_rows_of_another_adapter_fill_nothing(tmp_path):
+    """As of a worker that was started with another one under the same name."""
+    writer = Writer(tmp_path)
+    writer.commit("c1", [1, 2, 3], [5], computed=2, adapter="tuned@/adapter")
+    (hole,) = found(writer)
+    with pytest.raises(CorruptFile, match="not those asked for"):
+        writer.store.fill(hole.filler("b1", 3.0, 4.0), run_again(writer, hole))
+    writer.close()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

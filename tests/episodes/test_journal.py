@@ -1,5 +1,6 @@
 """The journal: what was appended is read back, and what was damaged is said to be."""
 
+import io
 import zlib
 from contextlib import suppress
 
@@ -41,6 +42,44 @@ def test_a_torn_tail_is_cut_off_when_the_journal_is_opened(tmp_path):
     journal.append(SEAL)
     journal.close()
     assert list(read(path)) == [CALL, SEAL]
+
+
+@pytest.mark.parametrize("n_torn", [0, 100, 149_000])
+def test_every_line_stays_when_a_journal_is_opened_however_long_they_are(tmp_path, n_torn):
+    """Longer than what is looked at at once, which begins amid a line; and so may be what is torn."""
+    path, long = tmp_path / "j", msgspec.structs.replace(CALL, request="x" * 150_000)
+    path.write_bytes(encode(long) + encode(SEAL) + encode(long)[:n_torn])
+    Journal(path).close()
+    assert list(read(path)) == [long, SEAL]
+
+
+def test_nothing_stays_of_a_line_that_could_not_be_written(tmp_path, monkeypatch):
+    """Taken back at once where that can be, else before the next."""
+    path = tmp_path / "j"
+    journal = Journal(path)
+    journal.append(CALL)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="told to fail"):
+        patch.setattr("episodes.journal.os.fsync", lambda _: (_ for _ in ()).throw(OSError("told to fail")))
+        journal.append(PAIR)
+    assert list(read(path)) == [CALL]
+    with path.open("ab") as file:
+        file.write(encode(PAIR)[:40])
+    journal.append(SEAL)
+    journal.close()
+    assert list(read(path)) == [CALL, SEAL]
+
+
+def test_a_line_of_which_the_disk_takes_a_part_at_a_time_is_whole(tmp_path):
+    class Short(io.FileIO):
+        def write(self, data):
+            return super().write(data[:7])
+
+    journal = Journal(tmp_path / "j")
+    journal._file.close()
+    journal._file = Short(tmp_path / "j", "a+")
+    journal.append(CALL, SEAL)
+    journal.close()
+    assert list(read(tmp_path / "j")) == [CALL, SEAL]
 
 
 @pytest.mark.parametrize("at", [0, 5, 8, 12, 60, -2])

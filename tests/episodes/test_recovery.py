@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from episodes import journal
 from episodes.begun import Begun, left_begun
@@ -326,6 +327,37 @@ def test_a_shard_without_its_seal_goes_where_live_files_have_its_rows(tmp_path):
     store = Store(writer.layout)
     assert store.recovered == ["shards/e.parquet: no sealed episode of that name; deleted"]
     store.close()
+
+
+def test_what_is_claimed_of_a_call_and_damaged_is_not_used(tmp_path):
+    """It is claimed anew from the worker, which still has it."""
+    writer = Writer(tmp_path)
+    writer.store.begin([writer.call("c1")])
+    writer.store.draft("c1").write_bytes(b"torn")
+    writer.close()
+    store = Store(writer.layout)
+    assert [call.id for call in store.left] == ["c1"] and not store.draft("c1").exists()
+    store.close()
+
+
+def test_activations_of_a_backend_that_is_not_ours_stay_with_a_call_that_was_left(tmp_path):
+    writer = Writer(tmp_path)
+    writer.store.begin([writer.call("c1", points=[])])
+    with whole(writer.layout.foreign_file("c1")) as draft:
+        draft.write_bytes(zstandard.compress(b"{}"))
+    writer.close()
+    recovery(Writer(tmp_path))
+    run = open_run(writer.layout.root)
+    assert run.call("c1").record.foreign and run.call("c1").record.lost is None and list(problems(run)) == []
+
+
+def test_activations_of_a_backend_that_is_not_ours_stay_though_their_calls_line_is_damaged(tmp_path):
+    writer = Writer(tmp_path)
+    writer.store.commit(writer.call("c1", points=[]), foreign=b"{}")
+    writer.close()
+    writer.layout.journal.write_bytes(writer.layout.journal.read_bytes().replace(b"c1", b"c2", 1))
+    Store(writer.layout).close()
+    assert writer.layout.foreign_file("c1").exists()
 
 
 # ---- the calls that have begun

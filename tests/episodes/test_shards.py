@@ -10,9 +10,9 @@ import pytest
 from episodes import journal
 from episodes.records import Model
 from episodes.run import open_run
-from episodes.shards import Block, Shard, Whose, write_shard
+from episodes.shards import Block, Shard, Whose, count_nonfinite, write_shard
 from episodes.verify import problems
-from tests.episodes.test_store import POINTS, Writer, expected
+from tests.episodes.test_store import POINTS, Writer, expected, flip
 
 WIDE = Model("m", "bfloat16", 4096, 2, ["layers.0.output", "layers.1.output"], {})
 
@@ -64,6 +64,26 @@ def test_every_element_that_is_not_finite_is_counted(tmp_path, where):
     own.vectors[WIDE.points[1]][where, [0, -1]] = [np.nan, -np.inf]
     write_shard(path, WIDE.points, [own], WIDE, "none")
     assert json.loads(pq.read_metadata(path).metadata[b"nonfinite"]) == {WIDE.points[0]: 0, WIDE.points[1]: 2}
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_an_element_that_is_not_finite_is_counted_though_it_is_alone(dtype, value):
+    """Negative ones too, as when a residual stream overflows downwards only."""
+    assert count_nonfinite(np.array([[1, -2, value], [0, 4, -5]], dtype)) == 1
+
+
+def test_rows_of_a_damaged_shard_are_not_sealed_again(tmp_path):
+    """They would have a right checksum from then on."""
+    writer = Writer(tmp_path, compression="none")
+    writer.commit("c1", [1, 2, 3], [4])
+    writer.store.seal("e")
+    shard = writer.layout.shard("e")
+    flip(shard, shard.read_bytes().index(expected([1], POINTS[0]).tobytes()))
+    writer.commit("c2", [1, 2, 3, 4], [5], computed=3, turn=1)
+    with pytest.raises(OSError, match="CRC"):
+        writer.store.seal("e")
+    writer.close()
 
 
 def test_sealing_again_reads_the_shard_and_not_the_journal(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A run on disk: what is committed is read back, live and sealed, and what is damaged is found."""
 
+import errno
 import gc
 import json
 import os
@@ -31,7 +32,7 @@ from episodes.errors import (
     WrongModel,
 )
 from episodes.journal import encode, read
-from episodes.layout import Layout, check_name, whole
+from episodes.layout import Layout, check_name, crc32, whole
 from episodes.records import Call, Model
 from episodes.run import open_run
 from episodes.shards import count_nonfinite
@@ -153,6 +154,41 @@ def test_a_run_that_is_made_is_there_after_a_power_cut(tmp_path, monkeypatch):
     Store(Layout(tmp_path / "data" / "r")).close()
     assert synced[tmp_path] == {"data"} and synced[tmp_path / "data"] == {"r"}
     assert {"run.json", "journal.jsonl", "begun.jsonl", "live"} <= synced[tmp_path / "data" / "r"]
+
+
+def test_what_is_committed_is_there_after_a_power_cut(tmp_path, monkeypatch):
+    """The note, the rows, the line, in this order; each was synced as long as it is."""
+    synced, fsync = [], os.fsync
+
+    def sync(descriptor):
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_file():
+            synced.append((path.name, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    writer = Writer(tmp_path)
+    monkeypatch.setattr(os, "fsync", sync)
+    writer.store.begin([writer.call("c1")])
+    begun = writer.layout.begun.stat().st_size
+    writer.store.sync_begun()
+    writer.commit("c1", [1, 2], [3])
+    sizes = [path.stat().st_size for path in (writer.layout.live_file("t-e", "c1"), writer.layout.journal)]
+    assert synced == [("begun.jsonl", begun), (".c1.claim", sizes[0]), ("journal.jsonl", sizes[1])] and begun
+    writer.close()
+
+
+def test_a_claim_whose_line_the_disk_does_not_take_is_there_to_be_tried_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = Writer(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("episodes.journal.Journal.append", full)
+        writer.commit("c1", [1, 2, 3], [4])
+    assert not list(writer.layout.accounted())
+    assert writer.store.commit(writer.call("c1"), writer.store.draft("c1")).n_kept == 3
+    run = writer.close()
+    assert np.array_equal(run.call("c1").activations(POINTS[0]), expected([1, 2, 3], POINTS[0]))
 
 
 def test_a_call_is_read_back_stitched_live_and_sealed_and_after_a_restart(tmp_path):
@@ -617,6 +653,11 @@ def again(layout, n, **changed):
         file.write(encode(msgspec.structs.replace(record, **changed)))
 
 
+def whole_file(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"x")
+
+
 def other_index(layout):
     """An index that stands for the whole journal and says something else."""
     table = pq.read_table(layout.calls)
@@ -626,6 +667,18 @@ def other_index(layout):
 def shorter_index(layout):
     """An index that stands for the whole journal and lacks its last call."""
     pq.write_table(pq.read_table(layout.calls)[:2], layout.calls)
+
+
+def longer_index(layout):
+    """An index that stands for the whole journal and has a call more."""
+    table = pq.read_table(layout.calls)
+    pq.write_table(pa.concat_tables([table, table[:1]]), layout.calls)
+
+
+def other_rewards(layout):
+    """An index whose episodes say something else."""
+    table = pq.read_table(layout.episodes)
+    pq.write_table(with_column(table, "reward", [0.5] * len(table)), layout.episodes)
 
 
 def flip(path: Path, at: int) -> None:
@@ -652,11 +705,52 @@ def flip(path: Path, at: int) -> None:
         (lambda lo: flip(lo.calls, 2000), True, "calls.parquet"),
         (other_index, True, "calls.parquet: not what the journal says"),
         (shorter_index, True, "calls.parquet: not what the journal says"),
+        (longer_index, True, "calls.parquet: not what the journal says"),
+        (other_rewards, True, "episodes.parquet: not what the journal says"),
+        (lambda lo: whole_file(lo.foreign_file("c9")), True, "foreign/c9.json.zst: no call in the journal"),
         (lambda lo: lo.begun.write_bytes(encode(Writer.call("c9"))), True, "call c9: its proxy was stopped before"),
     ],
 )
 def test_verify_finds_what_is_damaged(tmp_path, harm, sealed, says):
     assert says in damaged(tmp_path, harm, sealed)
+
+
+def changed_shard(layout, change, **seal):
+    """A shard and its seal that agree with each other, and not with the calls."""
+    shard = layout.shard("e")
+    pq.write_table(change(pq.read_table(shard)), shard)
+    n_rows = pq.read_metadata(shard).num_rows
+    again(layout, 3, **{"n_rows": n_rows, "n_bytes": shard.stat().st_size, "crc32": crc32(shard)} | seal)
+
+
+def with_column(table, name, values):
+    at = table.schema.get_field_index(name)
+    return table.set_column(at, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+
+
+@pytest.mark.parametrize(
+    ("change", "seal", "says"),
+    [
+        (lambda t: t, {"n_rows": 7}, "shards/e.parquet: 8 rows where the journal says 7"),
+        (lambda t: pa.concat_tables([t, t[:1]]), {}, "shards/e.parquet: position 0 of c1, choice 0 is there twice"),
+        (lambda t: pa.concat_tables([t, with_column(t[:1], "position", [99])]), {}, "episode e: 1 rows that no call"),
+        (lambda t: with_column(t, "token_id", [7] * len(t)), {}, "call c2, choice 0: rows 5 to 8 are not its tokens'"),
+    ],
+)
+def test_verify_finds_rows_that_are_not_those_of_the_calls(tmp_path, change, seal, says):
+    """Though the file is as it was sealed."""
+    assert says in damaged(tmp_path, lambda layout: changed_shard(layout, change, **seal))
+
+
+def test_of_a_run_that_is_written_a_line_may_be_cut_short_and_no_other_be_damaged(tmp_path):
+    writer = Writer(tmp_path)
+    talk(writer)
+    with writer.layout.journal.open("ab") as file:
+        file.write(b"half a line")
+    assert list(problems(open_run(writer.layout.root))) == []
+    flip(writer.layout.journal, 30)
+    assert any("journal.jsonl, line 1: the checksum" in problem for problem in problems(open_run(writer.layout.root)))
+    writer.close()
 
 
 @pytest.mark.parametrize(

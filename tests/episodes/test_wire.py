@@ -39,7 +39,6 @@ COUNTS = st.integers(-1, 9) | st.integers()
 FIELDS = st.builds(
     field, st.sampled_from(["F32", "BF16", "I32", "U8"]), st.lists(COUNTS, max_size=4), st.just(0) | COUNTS, COUNTS
 )
-HEADERS = st.dictionaries(st.text(), JSONS | FIELDS).map(json.dumps).map(str.encode)
 
 
 def test_a_capture_survives_its_header():
@@ -213,6 +212,26 @@ def test_a_call_file_that_contradicts_itself_is_refused(tmp_path, changes):
     assert CallFile(call_file(tmp_path)).n_rows == 2
     with pytest.raises(CorruptFile, match="c is not a call file"):
         CallFile(call_file(tmp_path, **changes))
+
+
+def test_rows_that_an_engine_ran_ahead_are_no_contradiction(tmp_path):
+    """It hears late that a sequence is over."""
+    assert CallFile(call_file(tmp_path, position=np.array([2, 3], np.int32))).n_rows == 2
+
+
+def test_rows_are_found_where_they_lie_amid_others_and_none_in_anothers_place(tmp_path):
+    sequence = '{"choice":%d,"prompt_token_ids":[5,6],"completion_token_ids":[7]}'
+    parts = {
+        "rows": np.arange(9, dtype=np.float32).reshape(3, 1, 3),
+        "token_id": np.array([5, 5, 6], np.int32),
+        "choice": np.array([0, 1, 0], np.int32),
+        "sequences": f"[{sequence % 0},{sequence % 1}]",
+    }
+    file = CallFile(call_file(tmp_path, **parts, position=np.array([0, 0, 1], np.int32)))
+    assert file.rows[file.place(0, 0, 2)][:, 0, 0].tolist() == [0, 6] and file.rows[file.place(1, 0, 1)][0, 0, 0] == 3
+    file = CallFile(call_file(tmp_path, **parts, position=np.array([1, 0, 0], np.int32)))
+    with pytest.raises(CorruptFile, match="positions 0 to 2 of choice 0 are not all there"):
+        file.place(0, 0, 2)
 
 
 @given(

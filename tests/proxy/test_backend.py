@@ -11,13 +11,15 @@ import aiohttp
 import httpx
 import numpy as np
 import pytest
+from starlette.responses import Response
 
 from episodes.errors import CaptureLost, WorkerFailed
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from proxy import backend as backends
 from proxy.backend import Backend
 from tests.proxy.scripted import Scripted, chunk, head
-from tests.stub import MODEL, rows
+from tests.stub import MODEL, Running, Stub, rows
+from worker.server import Routes
 from worker.spool import spooled
 
 
@@ -131,10 +133,30 @@ def test_what_a_worker_says_of_itself_is_not_held_in_memory_without_end(tmp_path
         async with aiohttp.ClientSession() as session:
             backend = Backend(url, session)
             assert (await backend.metrics(), await backend.waiting()) == (b"", [])
-            await backend.claim("c-1", tmp_path / "c-1")
+            with pytest.raises(WorkerFailed, match="its reply is longer than 1,048,576 bytes"):
+                await backend.claim("c-1", tmp_path / "c-1")
 
-    with Scripted(endless) as worker, pytest.raises(WorkerFailed, match="its reply is longer than 1,048,576 bytes"):
+    with Scripted(endless) as worker:
         asyncio.run(asyncio.wait_for(asking(worker.url), 30))
+
+
+def test_a_worker_that_cannot_say_yet_what_it_is_is_not_taken_for_one_that_is_not_ours(tmp_path, monkeypatch):
+    """As behind a balancer while it starts: it is asked again, and recorded."""
+    said, asked = Routes.capabilities, []
+
+    async def late(routes, request):
+        asked.append(request)
+        return await said(routes, request) if len(asked) > 1 else Response(status_code=503)
+
+    async def asking(url):
+        async with aiohttp.ClientSession() as session:
+            backend = Backend(url, session)
+            assert await backend.capabilities() is None and not backend.foreign
+            return await backend.capabilities()
+
+    monkeypatch.setattr(Routes, "capabilities", late)
+    with Running(Stub(tmp_path / "spool")) as worker:
+        assert asyncio.run(asking(worker.url)).model == MODEL
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from episodes.verify import problems
 from proxy.backend import Backend
 from proxy.backfill import backfill
 from proxy.config import Config
-from tests.conftest import free_port, proxy_to, until
+from tests.conftest import free_port, proxy_to, slowly, until
 from tests.proxy.test_durability import waiting
 from tests.proxy.test_server import committed, converse, user
 from tests.stub import MODEL, POINTS, Running, Stub, rows
@@ -134,6 +134,15 @@ def test_a_proxy_that_cannot_fill_seals_what_there_is(stub, tmp_path):
     run = proxy.open()
     assert [e.status for e in run.history.episodes.values()] == ["sealed"] and fillers(run) == []
     assert any("no rows for positions" in problem for problem in problems(run))
+
+
+def test_a_proxy_that_fills_is_stopped_in_the_time_that_it_was_given(stub, tmp_path, monkeypatch):
+    with proxy_to(stub.url, tmp_path, backfill=True, drain_s=0.5) as proxy:
+        lose(stub.stub, proxy)
+        slowly(monkeypatch, (Backend, "compute"), 20)
+        begun = time.monotonic()
+        proxy.stop()
+    assert time.monotonic() - begun < 10 and fillers(proxy.open()) == []
 
 
 def test_a_run_that_a_proxy_writes_is_left_to_it(stub, tmp_path):

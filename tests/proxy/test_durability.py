@@ -8,6 +8,7 @@ import sys
 import threading
 
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -105,6 +106,37 @@ def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, t
     assert waiting(stub, http) == {recorded, "somebody-elses"}
     with proxy_to(stub.url, tmp_path):
         until(lambda: waiting(stub, http) == {"somebody-elses"}, "the recorded call to be forgotten")
+
+
+def test_a_worker_is_not_told_to_forget_what_is_being_claimed_for_a_proxy_that_died(stub, tmp_path, http, monkeypatch):
+    """However long the claim takes, beside the question what the worker still holds for that proxy."""
+    with proxy_to(stub.url, tmp_path) as proxy:
+        converse(proxy.client(), "talk", 1)
+    run = proxy.open()
+    (call,) = run.history.calls.values()
+    capture = Capture("c-left", f"{run.about.run}/{run.about.created!r}/before.0")
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: capture.header()})
+    store = Store(run.layout)
+    store.begin([msgspec.structs.replace(call, id="c-left", thread="t-left", episode="t-left", sequences=[], kept=[])])
+    store.close()
+    slowly(monkeypatch, (Backend, "claim"), 1)
+    with proxy_to(stub.url, tmp_path) as proxy:
+        committed(proxy, 2)
+    found = proxy.open().history.calls["c-left"]
+    assert found.lost is None and found.n_positions > 0
+
+
+def test_new_calls_are_refused_while_too_many_wait_to_be_recorded(stub, tmp_path, http, monkeypatch):
+    """As where claims take longer than replies: what waits is held in memory."""
+    monkeypatch.setattr("proxy.recorder.PENDING_LIMIT", 2)
+    slowly(monkeypatch, (Backend, "claim"), 2)
+    body, replies = {"model": MODEL, "messages": [user("Hi")]}, []
+    with proxy_to(stub.url, tmp_path, room_wait_s=0) as proxy:
+        url = f"{proxy.url}/v1/chat/completions"
+        until(lambda: replies.append(http.post(url, json=body)) or replies[-1].status_code != 200, "a refusal")
+        assert replies[-1].status_code == 503 and "too many calls wait" in replies[-1].json()["error"]["message"]
+    assert len(proxy.open().history.calls) == len(replies) - 1 < 6
 
 
 @pytest.mark.parametrize("stream", [False, True])

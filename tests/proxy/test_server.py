@@ -254,6 +254,18 @@ def test_a_call_can_ask_not_to_be_captured(proxy, http):
     assert call.points == [] and call.lost is None and call.status == 200
 
 
+def test_a_call_that_asks_is_captured_though_its_role_is_not(stub, tmp_path, http):
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    with proxy_to(stub.url, tmp_path, capture={"agent": "none"}) as proxy:
+        for asks in ({}, {"collect_activations": {"layers": [0]}}):
+            assert http.post(f"{proxy.url}/v1/chat/completions", json=body | asks).status_code == 200
+    calls = sorted(proxy.open().history.calls.values(), key=lambda call: call.started)
+    assert [(call.points, call.tokens, call.n_kept > 0) for call in calls] == [
+        ([], "all", False),
+        (["layers.0.output"], "all", True),
+    ]
+
+
 @pytest.mark.parametrize(("asked", "says"), [({"layers": [77]}, "layers 0 to 5"), ("x", "collect_activations")])
 def test_a_wrong_wish_is_refused_in_openais_shape(proxy, http, asked, says):
     body = {"model": MODEL, "messages": [user("Hi")], "collect_activations": asked}
@@ -283,6 +295,14 @@ def test_a_name_cannot_leave_the_data_directory(proxy, http, path):
     reply = http.post(f"{proxy.url}{path}/chat/completions", json=body)
     assert reply.status_code in (400, 404) and "error" in reply.json()
     assert {p.name for p in proxy.config.data.iterdir()} == {"r"}
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".hidden", "a b", "x" * 129])
+def test_an_episode_that_a_header_names_is_a_plain_name(stub, proxy, http, name):
+    """Its shard is named by it."""
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    reply = http.post(f"{proxy.url}/v1/chat/completions", json=body, headers={"X-Episode-Id": name})
+    assert reply.status_code == 400 and "episode " in reply.json()["error"]["message"] and not stub.stub.bodies
 
 
 # ---- when things go wrong
@@ -529,6 +549,19 @@ def test_a_client_that_leaves_at_the_last_event_has_heard_the_reply(tmp_path):
     assert [(call.error, call.status) for call in run.history.calls.values()] == [(None, 200)] * 2
     assert [(e["n_calls"], e["n_turns"]) for e in run.episodes.to_pylist()] == [(2, 2)]
     check_rows(run)
+
+
+def test_a_conversation_may_go_on_at_the_last_event_of_a_reply(tmp_path, http):
+    """While the stream has not ended yet."""
+    with Running(Lingering(tmp_path / "spool")) as worker, proxy_to(worker.url, tmp_path / "data") as proxy:
+        url, said, text = f"{proxy.url}/v1/chat/completions", [user("Hi")], ""
+        with http.stream("POST", url, json={"model": MODEL, "messages": said, "stream": True}) as reply:
+            lines = filter(None, reply.iter_lines())
+            while (line := next(lines)) != "data: [DONE]":
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+            said += [{"role": "assistant", "content": text}, user("And now?")]
+            assert http.post(url, json={"model": MODEL, "messages": said}).status_code == 200
+    assert [(e["n_calls"], e["n_turns"]) for e in proxy.open().episodes.to_pylist()] == [(2, 2)]
 
 
 def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http, caplog):

@@ -154,6 +154,12 @@ def test_only_what_is_meant_for_clients_reaches_them(worker, scripted, http, pat
     assert set(reply.headers) == known | {"x-litellm-response-cost", "x-ratelimit-left", "x-request-id"}
 
 
+def test_the_worker_is_asked_not_to_compress(worker, scripted, http):
+    """Its bytes are read on their way, and are for clients that would not take that too."""
+    http.post(f"{scripted.url}/v1/chat/completions", json=BODY, headers={"Accept-Encoding": "gzip"})
+    assert [came.headers["accept-encoding"] for came in worker.requests] == ["identity"]
+
+
 def test_a_cookie_of_the_worker_goes_to_nobody(tmp_path, http):
     """Not even back to the worker with the next client's request."""
 
@@ -224,6 +230,19 @@ def test_a_client_that_leaves_while_its_run_is_opened_leaves_it_to_others(script
             assert time.monotonic() < deadline
         out.close()
         assert http.post(f"{scripted.url}/runs/run{n}/v1/chat/completions", json=BODY).status_code == 200
+
+
+def test_a_reply_that_is_not_recorded_and_breaks_off_does_so_for_its_client(worker, scripted, http):
+    """Nobody takes it for whole."""
+
+    async def script(came, out):
+        out.write(head("application/json", None) + chunk(REPLY[:10]))
+        await out.drain()
+        out.transport.abort()
+
+    worker.script = script
+    with pytest.raises(httpx.RemoteProtocolError):
+        http.post(f"{scripted.url}/v1/embeddings", json=BODY)
 
 
 # ---- waiting

@@ -233,6 +233,27 @@ def test_a_backend_without_a_health_route_is_not_called_sick(tmp_path, http, mon
     assert "no worker of tautap's" in said
 
 
+def test_a_look_that_fails_is_not_the_last(two, tmp_path, monkeypatch):
+    """Whatever it is: a worker that goes is missed all the same."""
+    look, failed = workers.Workers._look, []
+
+    async def fails_once(self, worker):
+        if metered_by_now and not failed:
+            failed.append(worker)
+            raise MemoryError("told to fail")
+        await look(self, worker)
+
+    metered_by_now = []
+    for name in ("DOWN_S", "UP_S"):
+        monkeypatch.setattr(workers, name, 0.02)
+    monkeypatch.setattr(workers.Workers, "_look", fails_once)
+    with fleet(two, tmp_path) as proxy:
+        metered_by_now.append(metered(proxy, "worker_up", two[0]))
+        until(lambda: bool(failed), "a look that fails")
+        two[0].__exit__()
+        until(lambda: metered(proxy, "worker_up", two[0]) == 0, "it to be missed")
+
+
 def test_a_worker_is_named_once(tmp_path):
     command = [sys.executable, "-m", "proxy", "proxy", "--backend", "http://127.0.0.1:1", "--data", str(tmp_path)]
     done = subprocess.run([*command, "--backend", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)

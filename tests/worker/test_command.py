@@ -15,7 +15,7 @@ from tests.conftest import free_port
 from tests.worker.test_families import make
 from worker import smollm
 from worker.__main__ import _values, free_socket, plan
-from worker.spool import prepare
+from worker.spool import WRONG, prepare
 
 
 @pytest.fixture
@@ -210,6 +210,28 @@ def test_a_spool_has_one_worker_and_nothing_of_anyone_else(tmp_path):
     with pytest.raises(BadInput, match="another --port or --spool-dir"):
         prepare(spool)
     assert (spool / "new.0.safetensors").exists()
+
+
+def test_a_spool_is_held_by_what_its_process_becomes(tmp_path):
+    """The server, in whose place `tautap worker` stood."""
+    later = "import sys; print(flush=True); sys.stdin.read()"
+    begins = f"import os, pathlib, sys, worker.spool; worker.spool.prepare(pathlib.Path({str(tmp_path / 'spool')!r}))"
+    script = f"{begins}; os.execv(sys.executable, [sys.executable, '-c', {later!r}])"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout.readline()
+        with pytest.raises(BadInput, match="is the spool of a worker that runs"):
+            prepare(tmp_path / "spool")
+        holder.stdin.close()
+    prepare(tmp_path / "spool")
+
+
+def test_what_a_model_before_lacked_is_forgotten(tmp_path):
+    """The next one on the spool may have all of it."""
+    (tmp_path / WRONG).write_text('{"layers.0.attn": "scaled"}')
+    tmp_path.chmod(0o700)
+    prepare(tmp_path)
+    assert not (tmp_path / WRONG).exists()
 
 
 def test_a_spool_is_its_users_alone(tmp_path):

@@ -167,6 +167,58 @@ def test_a_request_that_the_engine_does_not_take_is_known_at_once_to_have_run_no
             collect(ledger, call)
 
 
+def asked(ledger, n=1, **more):
+    """What a captured request of the API server asks the engine for."""
+    extra_args = {XARG: ledger.ticket("c")} | more
+    return SimpleNamespace(n=n, output_kind=SimpleNamespace(name="DELTA"), extra_args=extra_args)
+
+
+def test_a_prompt_that_is_not_taken_says_nothing_of_the_one_before(ledger):
+    """Of one request: what the first has run may be cached."""
+
+    async def generate(prompt, params):
+        if prompt:
+            raise ValueError("too long")
+        yield output([5])
+
+    async def asking():
+        follow = ledger.follow(generate)
+        for prompt in ({}, {"too": "long"}):
+            async for _ in follow(prompt, asked(ledger)):
+                pass
+
+    call = ledger.open("c", POINTS, "all")
+    with pytest.raises(ValueError, match="too long"):
+        asyncio.run(asking())
+    assert [growing.refused for growing in call.sequences] == [False, True] and call.ran
+
+
+def test_the_engine_is_told_of_the_capture_beside_what_the_client_asked_and_once_it_has_left(ledger):
+    """By which adapter it runs is noted, for rows of another are other rows."""
+    told, ended = [], []
+
+    async def generate(prompt, params, lora_request=None):
+        told.append(params.extra_args)
+        try:
+            yield output([5])
+            yield output([6])
+        finally:
+            ended.append(True)
+
+    async def leaving():
+        adapter = SimpleNamespace(lora_name="tuned", lora_path="/adapter")
+        outputs = ledger.follow(generate)({}, asked(ledger, other=1), lora_request=adapter)
+        async for _ in outputs:
+            break
+        await outputs.aclose()
+        assert ended, "at once, not when somebody collects garbage"
+
+    call = ledger.open("c", POINTS, "all")
+    asyncio.run(leaving())
+    assert told[0]["other"] == 1 and told[0][XARG]["call"] == "c"
+    assert [growing.adapter for growing in call.sequences] == ["tuned@/adapter"]
+
+
 @pytest.mark.parametrize("reason", ["error", "abort"])
 def test_a_call_that_failed_before_it_ran_is_given_up(ledger, monkeypatch, reason):
     """As one whose grammar does not compile, which vLLM ends while it is queued."""

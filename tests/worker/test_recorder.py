@@ -197,6 +197,27 @@ def test_children_become_choices(tmp_path):
     assert rig.read("c", 3)[1].tolist() == rig.read("c", 4)[1].tolist() == [1]
 
 
+def test_there_are_more_than_ten_choices(tmp_path):
+    rig = Rig(tmp_path)
+    for child in (1, 11):
+        rig.admit(f"{child}_cmpl-x-0", "c", [child])
+    rig.step(("1_cmpl-x-0", 0, [1]), ("11_cmpl-x-0", 0, [11]))
+    rig.finish("1_cmpl-x-0", "11_cmpl-x-0")
+    assert [rig.read("c", choice)[1].tolist() for choice in (1, 11)] == [[1], [11]]
+
+
+def test_rows_that_a_preempted_request_finds_in_the_cache_are_left_out(tmp_path):
+    """Another call has computed them meanwhile."""
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1, 2, 3, 4, 5])
+    rig.step(("a", 0, [1, 2]))
+    rig.step(("a", 4, [5]))
+    rig.finish("a")
+    positions, ids, rows = rig.read("ca")
+    assert positions.tolist() == [0, 1, 4] and ids.tolist() == [1, 2, 5]
+    assert np.allclose(rows[:, 0], rig.stream([1, 2, 5], 0), atol=1e-6)
+
+
 def test_rows_computed_again_after_a_preemption_are_not_stored_again(tmp_path):
     rig = Rig(tmp_path)
     rig.admit("a", "ca", [1, 2])
@@ -286,6 +307,17 @@ def test_a_device_without_room_ends_the_capture_and_not_the_step(tmp_path):
     rig.recorder._lane = Full()
     rig.step(("a", 0, [1]))
     assert rig.reason("ca") == "no room to take 1 rows off the device: out of memory"
+
+
+def test_a_device_without_room_to_stage_ends_the_capture_and_not_the_step(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("out of memory")
+
+    rig = Rig(tmp_path)
+    rig.admit("a", "ca", [1])
+    monkeypatch.setattr(rig.recorder, "slab", full)
+    assert rig.step(("a", 0, [1])).shape == (1, HIDDEN)
+    assert rig.reason("ca") == "no room to stage 1 rows: out of memory"
 
 
 def test_the_device_has_its_memory_back_while_the_writer_waits(tmp_path):
@@ -409,6 +441,14 @@ def test_nothing_waits_that_holds_nothing():
     assert not opening.is_alive() and not done.is_set()
     gate.set()
     assert done.wait(10)
+
+
+def test_a_job_that_fails_does_not_end_the_writer(caplog):
+    """Else nothing is recorded any more, and a step waits for ever when the buffer is full."""
+    writer, done = Writer(bound=10), threading.Event()
+    writer.put(5, lambda: 1 / 0)
+    writer.put(5, done.set)
+    assert done.wait(10) and "a capture job failed" in caplog.messages
 
 
 def test_the_step_waits_when_the_buffer_is_full():

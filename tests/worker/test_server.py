@@ -4,11 +4,12 @@ import re
 
 import httpx
 import msgspec
+import numpy as np
 import pytest
 
 from episodes.wire import CAPTURE_HEADER, CallFile, Capture
 from tests.proxy.test_keys import FOREIGN, HERE
-from tests.stub import MODEL, Running, Stub
+from tests.stub import MODEL, Running, Stub, rows
 from worker.orders import XARG
 from worker.server import About
 from worker.spool import WRONG
@@ -204,3 +205,37 @@ def test_what_is_not_recorded_shares_its_cache_with_nobody(tmp_path):
             httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers)
     first, second, *alone = [body["cache_salt"] for body in stub.bodies]
     assert first == second and len({first, *alone}) == 5
+
+
+def test_calls_that_do_not_record_the_same_share_no_cache(tmp_path):
+    """Else one would find there what the other has no rows of. A client's own salt keeps its calls apart as it says."""
+    captures = [
+        (Capture("c-0", "run"), None),
+        (Capture("c-1", "run"), None),
+        (Capture("c-2", "other"), None),
+        (Capture("c-3", "run", ("layers.0.output",)), None),
+        (Capture("c-4", "run", tokens="completion"), None),
+        (Capture("c-5", "run"), "mine"),
+    ]
+    with Running(stub := Stub(tmp_path / "spool")) as running:
+        for capture, salt in captures:
+            headers = {CAPTURE_HEADER: capture.header()}
+            httpx.post(f"{running.url}/v1/chat/completions", json=BODY | {"cache_salt": salt}, headers=headers)
+    first, second, *others = [body["cache_salt"] for body in stub.bodies]
+    assert first == second and len({first, *others}) == 5
+
+
+def test_what_else_a_captured_request_tells_the_engine_reaches_it(stub):
+    headers, more = {CAPTURE_HEADER: Capture("c-mine").header()}, {"vllm_xargs": {"other": 1}}
+    assert httpx.post(f"{stub.url}/v1/chat/completions", json=BODY | more, headers=headers).status_code == 200
+    assert stub.stub.bodies[-1]["vllm_xargs"].keys() == {"other", XARG}
+
+
+def test_a_call_file_that_is_sent_in_pieces_comes_whole(stub, tmp_path, monkeypatch):
+    monkeypatch.setattr("worker.server.CHUNK", 100)
+    headers = {CAPTURE_HEADER: Capture("c-mine").header()}
+    assert httpx.post(f"{stub.url}/v1/chat/completions", json=BODY, headers=headers).status_code == 200
+    whole = tmp_path / "whole"
+    whole.write_bytes(httpx.get(f"{stub.url}/v1/activations/c-mine", params={"wait_s": 5}).content)
+    file = CallFile(whole)
+    assert np.array_equal(file.rows, rows(file.sequences[0].tokens.tolist(), file.points)) and file.rows.nbytes > 1000
