@@ -27,6 +27,7 @@ from episodes import records
 from episodes.messages import chat, parse_object
 from episodes.run import Call, open_run
 from episodes.verify import problems
+from servers import healthy
 from tests.conftest import free_port, until
 from tests.stub import MODEL, POINTS, answer, render, rows
 
@@ -58,7 +59,7 @@ class Process:
         with self.log.open("ab") as log:
             command = [*prefix, *self.command]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=self._env, start_new_session=True)
-        until(lambda: self._answers() or not self.alive, f"{self.command}", 120)
+        until(lambda: healthy(self._health, "") or not self.alive, f"{self.command}", 120)
         assert self.alive, self.log.read_text(errors="replace")[-4000:]
 
     @property
@@ -69,11 +70,6 @@ class Process:
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
-
-    def _answers(self) -> bool:
-        with suppress(httpx.HTTPError):
-            return httpx.get(self._health, timeout=5).status_code == 200
-        return False
 
     def kill(self) -> None:
         """`kill -9` of it and all that it started."""

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 
-import httpx
 import msgspec
 import openai
 import pytest
@@ -18,6 +17,7 @@ from episodes.verify import problems
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
 from proxy.config import Timeouts
+from servers import healthy
 from tests.conftest import free_port, proxy_to, slowly, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import MODEL
@@ -36,13 +36,7 @@ class ProxyProcess:
         backends = [word for stub in stubs for word in ("--backend", stub.url)]
         command = [sys.executable, "-m", "proxy", "proxy", *backends, "--data", str(data), "--run", "r"]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=subprocess.DEVNULL)
-        until(self._live, "the proxy")
-
-    def _live(self):
-        try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/health/live").status_code == 200
-        except httpx.HTTPError:
-            return False
+        until(lambda: healthy(f"http://127.0.0.1:{self.port}", "/health/live"), "the proxy")
 
     def client(self):
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="x", max_retries=0)

@@ -639,7 +639,7 @@ def test_the_command_drains_and_seals_on_sigterm(stub, tmp_path):
     command = [sys.executable, "-m", "proxy", "proxy", "--backend", stub.url, "--data", str(tmp_path), "--run", "r"]
     with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         url = f"http://127.0.0.1:{port}"
-        until(lambda: healthy(url.replace("/health", "")) or _live(url), "the proxy")
+        until(lambda: healthy(url, "/health/live"), "the proxy")
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)
         replies = []
         talking = threading.Thread(target=lambda: replies.append(converse(client, "last", 1)))
@@ -810,13 +810,6 @@ def test_without_any_time_to_drain_calls_are_broken_off_at_once_and_recorded(stu
 def _fails(client, stream):
     with pytest.raises((openai.APIConnectionError, httpx.TransportError)):
         converse(client, "too long", 1, stream)
-
-
-def _live(url):
-    try:
-        return httpx.get(f"{url}/health/live").status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 @pytest.mark.parametrize(

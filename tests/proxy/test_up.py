@@ -17,6 +17,7 @@ from episodes.run import open_run
 from proxy.__main__ import cli
 from proxy.config import TLS, Config
 from proxy.up import greet, run_stack
+from servers import healthy
 from tests.conftest import free_port, proxy_to, until
 from tests.proxy.test_server import check_rows, converse
 
@@ -42,17 +43,10 @@ def start(tmp_path):
         process.communicate()
 
 
-def answers(url):
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def test_it_serves_and_stops_both_and_seals(start, tmp_path):
     """Ready when both are; on Ctrl-C everything is sealed and no process is left."""
     process, url, worker_port = start()
-    until(lambda: answers(f"{url}/health/ready") or process.poll() is not None, "the stack")
+    until(lambda: healthy(url, "/health/ready") or process.poll() is not None, "the stack")
     import openai
 
     converse(openai.OpenAI(base_url=f"{url}/v1", api_key="x"), "up", 2)
@@ -65,7 +59,7 @@ def test_it_serves_and_stops_both_and_seals(start, tmp_path):
     run = open_run(tmp_path / "r")
     assert [e.status for e in run.history.episodes.values()] == ["sealed"]
     check_rows(run)
-    assert not answers(f"http://127.0.0.1:{worker_port}/health")
+    assert not healthy(f"http://127.0.0.1:{worker_port}")
 
 
 def test_a_worker_that_cannot_start_ends_it_with_what_the_worker_said(start):
@@ -87,7 +81,7 @@ def test_a_log_that_was_a_link_is_written_in_its_place(start, tmp_path):
 
 def test_a_worker_that_dies_ends_it(start, tmp_path):
     process, url, worker_port = start()
-    until(lambda: answers(f"{url}/health/ready") or process.poll() is not None, "the stack")
+    until(lambda: healthy(url, "/health/ready") or process.poll() is not None, "the stack")
     found = subprocess.run(["pgrep", "-f", f"tests.stub.*--port {worker_port}"], capture_output=True, text=True)
     os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
