@@ -223,10 +223,12 @@ def test_a_location_that_does_not_fit_is_refused_at_start_by_name(record, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ({"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"}, "--kv-transfer-config: rows of a prefix that"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config: rows",
+        ),
         ({"offload_group_size": 2}, "--offload-group-size: to move a block's weights"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: a layer would see"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 1}}, "--speculative-config: rows of"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_by_the_engine_however_it_was_asked_for(record, tmp_path, flags, says):
