@@ -1,6 +1,7 @@
 """Plays conversations as tau-bench sends them, with real litellm clients, and knows where each call belongs.
 
-`play(url, tasks)` runs in a process of its own: litellm takes more of a processor than all it talks to.
+`playing` has a process of its own for it: litellm takes more of a processor than all it talks to, and most of that when
+it is imported.
 
 Every request tells the stub its reply (`stub_reply`) and carries the truth about itself (`truth`), which the proxy does
 not read. What tau-bench does is described in `episodes.taubench`; the prompts here are short ones that begin and end
@@ -14,10 +15,12 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,15 +66,32 @@ class Task:
         return f"{self.id}/{self.trial}"
 
 
-def play(url: str, model: str, *trials: list[Task]) -> list[JSON]:
-    """Play the trials one after another, 16 tasks at once; returns what tau-bench would write into its results file."""
-    work = json.dumps({"url": url, "model": model, "trials": [[asdict(task) for task in tasks] for tasks in trials]})
+@contextmanager
+def playing() -> Iterator[Callable[..., list[JSON]]]:
+    """A function: `play(url, model, *trials)` plays trials, lists of tasks, one after another, 16 tasks at once, and
+    returns what tau-bench would write into its results file.
+    """
     # Without this, importing litellm asks the network for prices.
     env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.player"]
-    done = subprocess.run(command, input=work, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    command, pipe = [sys.executable, "-W", "ignore", "-m", "tests.player"], subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+
+        def play(url: str, model: str, *trials: list[Task]) -> list[JSON]:
+            work = {"url": url, "model": model, "trials": [[asdict(task) for task in tasks] for tasks in trials]}
+            print(json.dumps(work), file=process.stdin, flush=True)
+            late = threading.Timer(300, process.kill)
+            late.start()
+            answer = process.stdout.readline()
+            late.cancel()
+            log.seek(0)
+            assert answer, log.read()[-4000:]
+            return json.loads(answer)
+
+        yield play
 
 
 class Player:
@@ -279,8 +299,11 @@ if __name__ == "__main__":
     from openai.resources.chat.completions import completions
 
     completions.maybe_transform = unchecked
-    work = json.load(sys.stdin)
-    player = Player(work["url"], work["model"])
-    for tasks in work["trials"]:
-        player.play_all([Task(**task) for task in tasks])
-    print(json.dumps(player.results))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what litellm prints is no answer
+    for line in sys.stdin:
+        work = json.loads(line)
+        player = Player(work["url"], work["model"])
+        for tasks in work["trials"]:
+            player.play_all([Task(**task) for task in tasks])
+        print(json.dumps(player.results), file=answers)

@@ -29,7 +29,7 @@ from episodes.store import Store
 from episodes.taubench import Result, find_links, read_results, read_tasks
 from episodes.verify import problems
 from tests.conftest import free_port, until
-from tests.player import HI, POLICY, Task, play, simulator_prompt
+from tests.player import HI, POLICY, Task, playing, simulator_prompt
 from tests.proxy.test_metrics import read
 from tests.stub import MODEL, Running, Stub
 
@@ -46,6 +46,12 @@ def real_tasks(path=REAL):
         Task(r["task_id"], r["trial"], r["info"]["task"]["instruction"], r["traj"], info={"kept": True})
         for r in results
     ]
+
+
+@pytest.fixture(scope="module")
+def play():
+    with playing() as play:
+        yield play
 
 
 def make_task(number, trial, rng, **how):
@@ -130,7 +136,7 @@ def check_linked(run_dir, tmp_path, results, expected, *options):
     return rows
 
 
-def test_real_trajectories_16_at_once_are_all_in_their_place_and_linked(tmp_path):
+def test_real_trajectories_16_at_once_are_all_in_their_place_and_linked(play, tmp_path):
     """All four trials of every task at once, in a random order, with warm-ups, failures and the SDK's retries."""
     tasks = real_tasks()
     random.Random(1).shuffle(tasks)
@@ -148,7 +154,7 @@ def test_real_trajectories_16_at_once_are_all_in_their_place_and_linked(tmp_path
     }
 
 
-def test_every_way_of_playing_is_recognised(tmp_path):
+def test_every_way_of_playing_is_recognised(play, tmp_path):
     """Each agent with each user, all at once, captured: all in place, paired, linked, and every row there."""
     rng = random.Random(3)
     ways = list(product(["tool-calling", "act", "react", "few-shot"], ["llm", "react", "verify", "reflection"]))
@@ -166,7 +172,7 @@ def test_every_way_of_playing_is_recognised(tmp_path):
     assert list(problems(open_run(run.layout.root))) == []
 
 
-def test_attempts_that_crashed_are_linked_by_their_instruction(tmp_path):
+def test_attempts_that_crashed_are_linked_by_their_instruction(play, tmp_path):
     """Trials one after another, some of which end in an exception: with no transcript, each still gets its result."""
     rng = random.Random(5)
     trials = [[make_task(i, trial, rng) for i in range(4)] for trial in range(3)]
@@ -190,7 +196,7 @@ def make_checkout(home, env, instructions):
     return home
 
 
-def test_tasks_that_crashed_in_another_order_than_theirs_are_told_apart_by_a_checkout(tmp_path):
+def test_tasks_that_crashed_in_another_order_than_theirs_are_told_apart_by_a_checkout(play, tmp_path):
     """Nothing in their results says which was which: without a checkout it is guessed, and said to be."""
     tasks = [make_task(number, 0, random.Random(number), crash_at=0) for number in range(3)]
     with Running(Stub(tmp_path / "spool"), captures=False) as stub, proxy_process(stub.url, tmp_path / "data") as url:
@@ -208,7 +214,7 @@ def test_tasks_that_crashed_in_another_order_than_theirs_are_told_apart_by_a_che
     )
 
 
-def test_a_crashed_result_of_another_run_takes_no_episode_from_its_own(tmp_path):
+def test_a_crashed_result_of_another_run_takes_no_episode_from_its_own(play, tmp_path):
     """Not even the only one of whose task nothing is known."""
     tasks = [make_task(number, 0, random.Random(number)) for number in range(2)]
     with Running(Stub(tmp_path / "spool"), captures=False) as stub, proxy_process(stub.url, tmp_path / "data") as url:
@@ -233,7 +239,7 @@ def test_a_checkout_that_does_not_have_the_tasks_is_refused(tmp_path):
         assert says in str(CliRunner().invoke(link, command).exception)
 
 
-def test_a_role_is_captured_as_it_is_told(tmp_path):
+def test_a_role_is_captured_as_it_is_told(play, tmp_path):
     """`--capture user=none` and the like: what is not captured is recorded all the same, without rows."""
     tasks = [make_task(i, 0, random.Random(i), user="verify") for i in range(2)]
     flags = ["--capture", "user=none", "--capture", "warmup=none", "--capture", "supervisor=last"]
@@ -250,7 +256,7 @@ def test_a_role_is_captured_as_it_is_told(tmp_path):
     assert list(problems(run)) == []
 
 
-def test_episodes_are_counted_as_the_tables_have_them(tmp_path):
+def test_episodes_are_counted_as_the_tables_have_them(play, tmp_path):
     """Each once, though it goes on after its seal; no user's conversation, and no warm-up."""
     tasks = [make_task(number, 0, random.Random(number)) for number in range(3)]
 
@@ -277,7 +283,7 @@ def test_episodes_are_counted_as_the_tables_have_them(tmp_path):
     assert found == {name: max(of, default=-1) + 1 for name, of in turns.items()}
 
 
-def test_what_a_killed_proxy_left_is_paired_and_linked(tmp_path):
+def test_what_a_killed_proxy_left_is_paired_and_linked(play, tmp_path):
     """No seal, no pairing in the journal: `tautap link` finds both from the calls."""
     tasks = [make_task(i, 0, random.Random(i), user="reflection") for i in range(4)]
     data = tmp_path / "data"
