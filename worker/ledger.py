@@ -116,7 +116,7 @@ class Call:
             else:
                 sequence.completion_token_ids = list(part.token_ids)
             sequence.finish_reason = part.finish_reason or sequence.finish_reason
-            # Which is found by the server, that tells the engine.
+            # The server finds a stop string, and tells the engine.
             by_string = part.finish_reason == "stop" and isinstance(part.stop_reason, str)
             sequence.ended = part.finish_reason in RAN and not by_string
             sequence.n_cached = output.num_cached_tokens or sequence.n_cached

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _REPLICAS = "start one worker for each replica, and give the proxy all of them: --backend URL --backend URL"
 _STAGES = "each stage would see its own layers only: use --tensor-parallel-size"
 _MACHINES = "rows were never seen to come from other machines"
-# flag → why it is refused, unless it is set to one of PLAIN.
+# flag → why it is refused, if it is given and not set to one of PLAIN.
 REFUSED = {
     "--config": "what it sets would not be looked at here: give the flags themselves",
     "--speculative-config": "rows of rejected draft tokens cannot be told apart yet: leave it out",
@@ -24,10 +24,13 @@ REFUSED = {
     **dict.fromkeys(("--data-parallel-size", "--data-parallel-size-local"), _REPLICAS),
     **dict.fromkeys(("--data-parallel-rank", "--data-parallel-start-rank"), _REPLICAS),
     "--api-server-count": "the activations of a call are known to one API server only: leave it out",
-    "--offload-group-size": "to move a block's weights vLLM puts away what observes it: give --cpu-offload-gb",
 }
 PLAIN = ("1", "mp", "uni")
-FAST_PREFILL = "a layer would see some of the rows only: leave it out"
+# The same of what only the engine is asked about.
+_FOUND = {
+    "--kv-sharing-fast-prefill": "a layer would see some of the rows only: leave it out",
+    "--offload-group-size": "to move a block's weights vLLM puts away what observes it: give --cpu-offload-gb",
+}
 # They keep what this engine computed, under the salt of those who had it computed.
 OWN_CACHE = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
@@ -46,10 +49,9 @@ def check(config: VllmConfig) -> None:
         "--distributed-executor-backend": parallel.distributed_executor_backend not in (*PLAIN, None),
         "--nnodes": parallel.nnodes > 1,
         "--data-parallel-size": parallel.data_parallel_size > 1,
+        "--kv-sharing-fast-prefill": config.cache_config.kv_sharing_fast_prefill,
         "--offload-group-size": offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0,
     }
-    for flag in told:
-        if told[flag]:
-            raise BadInput(f"{flag}: {REFUSED[flag]}")
-    if config.cache_config.kv_sharing_fast_prefill:
-        raise BadInput(f"--kv-sharing-fast-prefill: {FAST_PREFILL}")
+    for flag, so in told.items():
+        if so:
+            raise BadInput(f"{flag}: {(REFUSED | _FOUND)[flag]}")

@@ -2,7 +2,7 @@
 
 Families differ in what a block takes and returns, in silence: most return the residual stream in two parts, some return
 it whole and something else beside it, some scale what attention adds, or norm it once more. So each point is measured,
-not trusted.
+not trusted; and what is to be recorded is tried, as it will be recorded.
 """
 
 from __future__ import annotations
