@@ -71,9 +71,9 @@ def trial(
     for point, reason in step.errors.items():
         raise UnknownPoint(f"{point}: {reason}")
     if by_rank is not None:
-        first, *others = by_rank(slab)
+        ranks = by_rank(slab)
         for i, point in enumerate(points):
-            if not all(_same(other[:, i], first[:, i], TOLERANCE[dtype]) for other in others):
+            if not _agree(ranks[:, :, i], TOLERANCE[dtype]):
                 raise UnknownPoint(f"{point}: each rank has a part of it")
 
 
@@ -183,9 +183,7 @@ class Probe:
 
     def _check_whole(self, by_rank: Callable[[Tensor], Tensor]) -> None:
         for point, value in self._seen.items():
-            first, *others = by_rank(value)
-            whole = all(_same(other, first, TOLERANCE[self._dtype]) for other in others)
-            if not whole or is_part(self._watches[point]):
+            if not _agree(by_rank(value), TOLERANCE[self._dtype]) or is_part(self._watches[point]):
                 self.wrong[point] = (
                     f"{point}: {self._tap.family} has a part of it on each rank: name a module whose output is put "
                     "together"
@@ -235,6 +233,12 @@ def is_part(watch: Watch) -> bool:
     if watch.side == "input":
         return bool(getattr(module, "input_is_parallel", False))
     return not getattr(module, "gather_output", True) or not getattr(module, "reduce_results", True)
+
+
+def _agree(ranks: Tensor, tolerance: float) -> bool:
+    """Whether every rank has what the first has. ranks: [ranks, …]"""
+    first, *others = ranks
+    return all(_same(other, first, tolerance) for other in others)
 
 
 def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
