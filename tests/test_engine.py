@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -154,12 +155,15 @@ def test_every_row_is_what_transformers_computes(engines, reference, tmp_path):
 
 def test_plain_pyarrow_reads_what_the_api_reads(engines, tmp_path):
     run = record(engines.get("float32"), tmp_path)
-    call = next(run.call(c) for c, record in run.history.calls.items() if record.n_kept == record.n_positions)
-    shard = pq.read_table(run.layout.shard(call.record.episode), filters=[("call", "=", call.record.id)])
+    longest = max(run.history.calls.values(), key=lambda record: record.n_kept)
+    call = run.call(longest.id)
+    shard = pq.read_table(run.layout.shard(longest.episode), filters=[("call", "=", longest.id)])
+    positions = shard["position"].to_pylist()
+    assert positions == [p for kept in longest.kept for p in range(kept.start, kept.stop)]
     column = shard["layers.15.output"].combine_chunks()
     rows = np.frombuffer(column.buffers()[1], "<f4").reshape(len(column), -1)
-    assert np.array_equal(rows, call.activations("layers.15.output"))
-    assert shard["token_id"].to_pylist() == call.token_ids().tolist()
+    assert np.array_equal(rows, call.activations("layers.15.output", positions=positions))
+    assert shard["token_id"].to_pylist() == call.token_ids()[positions].tolist()
 
 
 def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_path, monkeypatch):
@@ -190,17 +194,21 @@ def test_a_backfill_computes_the_rows_that_were_lost(engines, reference, tmp_pat
 
 def test_a_call_that_goes_on_from_a_stop_string_finds_all_its_rows(engines, tmp_path):
     """The engine hears late of one, and caches the block that the last token fills: the next call begins behind it."""
-    with proxy_to(engines.get("float32"), tmp_path) as proxy, httpx.Client(base_url=proxy.url, timeout=120) as client:
-        for n in range(BLOCK):
-            body = {
-                "model": MODEL,
-                "prompt": [*range(100, 100 + BLOCK // 2), *range(300 + n, 300 + BLOCK // 2 + 2 * n)],
-            }
-            body |= {"temperature": 0, "max_tokens": 30, "return_token_ids": True}
-            (choice,) = client.post("/v1/completions", json=body | {"stop": ["e", "a"]}).json()["choices"]
-            body["prompt"] += choice["token_ids"]
-            if len(body["prompt"]) % BLOCK == 0:
-                client.post("/v1/completions", json=body | {"prompt": [*body["prompt"], 1], "max_tokens": 1})
+
+    def go_on(n):
+        prompt = [*range(100, 100 + BLOCK // 2), *range(300 + n, 300 + BLOCK // 2 + 2 * n)]
+        body = {"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 30, "return_token_ids": True}
+        (choice,) = client.post("/v1/completions", json=body | {"stop": ["e", "a"]}).json()["choices"]
+        prompt += choice["token_ids"]
+        if len(prompt) % BLOCK == 0:
+            client.post("/v1/completions", json=body | {"prompt": [*prompt, 1], "max_tokens": 1})
+
+    with (
+        proxy_to(engines.get("float32"), tmp_path) as proxy,
+        httpx.Client(base_url=proxy.url, timeout=120) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        list(pool.map(go_on, range(BLOCK)))
     run = proxy.open()
     calls = list(run.history.calls.values())
     at_a_blocks_end = [c for c in calls if c.sequences[0].last_fed and c.n_positions % BLOCK == 0]
