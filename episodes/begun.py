@@ -1,8 +1,8 @@
 """Calls that have begun, in `begun.jsonl`: what a run knows of a call before its journal does.
 
-A call's line is written before its reply ends. Once the call is in the journal its line means nothing any more and goes
-at the next chance; so what a writer that died leaves here are the calls that it did not record. Lines are as in the
-journal.
+A call's line is written before its reply ends, and once more by a writer that must stop before it can record it. Once
+the call is in the journal its line means nothing any more and goes at the next chance; so what a writer leaves here are
+the calls that it did not record. Lines are as in the journal.
 """
 
 from __future__ import annotations
@@ -70,5 +70,7 @@ class Begun:
 
 
 def left_begun(path: Path) -> list[Call]:
-    """The calls in a file of begun ones. A line that cannot be read is of a call whose reply had not ended."""
-    return [record for record in journal.read(path) if isinstance(record, Call)]
+    """The calls in a file of begun ones, each as it was noted last. A line that cannot be read is of a call whose reply
+    had not ended.
+    """
+    return list({record.id: record for record in journal.read(path) if isinstance(record, Call)}.values())

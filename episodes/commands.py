@@ -18,6 +18,7 @@ from episodes.errors import BadInput, BadRun
 from episodes.layout import existing
 from episodes.messages import JSON, canonical, objects, parse_object, reply_messages
 from episodes.outline import Outline
+from episodes.recovery import STOPPED
 from episodes.rows import Span
 from episodes.run import Call, Run, open_run
 from episodes.store import Store
@@ -189,16 +190,22 @@ def seal(run: Path) -> None:
     the worker has are lost then. Start a proxy on the run instead, and it fetches them. Episodes that cannot be sealed,
     for a file is damaged, are left and said; the exit code is 1 then.
     """
-    store = Store(existing(run))
+    store = _opened(run)
     try:
-        for recovered in store.recovered:
-            echo(recovered)
-        for call in store.left:
-            echo(f"call {call.id}: {call.error}; recorded with what there is")
         sealed = store.finish(DIALECT)
     finally:
         store.close()
     echo(f"sealed {n_episodes(s.episode for s in sealed)} episodes, {sum(s.n_rows for s in sealed):,} rows")
+
+
+def _opened(run: Path) -> Store:
+    """A run to write; what a writer that died left in it is said."""
+    store = Store(existing(run))
+    for recovered in store.recovered:
+        echo(recovered)
+    for call in store.left:
+        echo(f"call {call.id}: {STOPPED}; recorded with what there is")
+    return store
 
 
 @click.command()
@@ -220,7 +227,7 @@ def link(run: Path, results: tuple[Path, ...], env: str | None, split: str | Non
     """
     entries = [entry for path in results for entry in read_results(path)]
     tasks = _tasks(tau_bench, env, split or "test") if tau_bench else {}
-    store, failed = Store(existing(run)), None
+    store, failed = _opened(run), None
     try:
         try:
             store.seal_all(DIALECT)

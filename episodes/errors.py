@@ -93,9 +93,11 @@ class BenchFailed(TautapError):
 
 
 class CaptureLost(TautapError):
-    """sequences: the call's tokens, where they are known. ran: whether the engine may have been given any of it."""
+    """sequences: the call's tokens, where they are known. ran: whether the engine may have been given any of it; None
+    if the worker knows nothing of the call.
+    """
 
-    def __init__(self, reason: str, sequences: Iterable[Sequence] = (), ran: bool = True) -> None:
+    def __init__(self, reason: str, sequences: Iterable[Sequence] = (), ran: bool | None = True) -> None:
         super().__init__(reason)
         self.sequences = list(sequences)
         self.ran = ran

@@ -27,9 +27,8 @@ from episodes.wire import CallFile
 STOPPED = "its proxy was stopped before it had recorded the call"
 
 
-def unrecorded(history: History, begun: Iterable[Call]) -> list[Call]:
+def unrecorded(history: History, begun: list[Call]) -> list[Call]:
     """The calls that began and are not in the journal."""
-    begun = {call.id: call for call in begun}.values()
     held = history.held if begun else set()
     return [call for call in begun if call.id not in history.calls and call.id not in held]
 
@@ -102,4 +101,6 @@ def _as_left(layout: Layout, call: Call) -> Call:
         pass
     except CorruptFile:
         claim.unlink()
-    return msgspec.structs.replace(call, error=STOPPED, foreign=layout.foreign_file(call.id).exists())
+    over = call.status or call.error  # so that it is known how its reply ended
+    foreign = layout.foreign_file(call.id).exists()
+    return msgspec.structs.replace(call, error=call.error if over else STOPPED, foreign=foreign)

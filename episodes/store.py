@@ -145,7 +145,7 @@ class Store:
         """Record what a writer that died left, without a worker to ask; returns how many calls that were."""
         left, self.left = self.left, []
         for call in left:
-            claim, lost = self.draft(call.id), STOPPED if call.points else None
+            claim, lost = self.draft(call.id), call.lost or (STOPPED if call.points else None)
             try:
                 if claim.exists():
                     self.commit(call, claim)

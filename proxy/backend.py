@@ -259,7 +259,7 @@ async def _refused(reply: aiohttp.ClientResponse) -> CaptureLost:
     """Why a worker gives no activations, and of which tokens."""
     refusal = _error(await whole(reply.content.readany))
     said = refusal.error.get("message") or f"HTTP {reply.status}"
-    return CaptureLost(str(said), refusal.sequences, refusal.ran and reply.status != 404)
+    return CaptureLost(str(said), refusal.sequences, None if reply.status == 404 else refusal.ran)
 
 
 def _error(body: bytes) -> Refusal:

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from episodes.errors import BadInput, BadRun, TautapError
+import msgspec
+
+from episodes.errors import BadInput, BadRun, CaptureLost, TautapError
 from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
+from episodes.recovery import STOPPED
 from episodes.store import Store
 from episodes.taubench import DIALECT
 from episodes.wire import Capture
@@ -107,8 +110,27 @@ async def backfill(layout: Layout, config: Config) -> Filled:
             store = await on_disk(Store, layout)
             try:
                 await on_disk(store.describe, model)
+                await _finish_left(store, workers, on_disk, config.min_free_bytes)
                 done = await Backfill(store, workers, on_disk, store.run.family).fill(store.calls())
                 await on_disk(store.finish, DIALECT)
             finally:
                 await on_disk(store.close)
     return done
+
+
+async def _finish_left(
+    store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]], min_free_bytes: int
+) -> None:
+    """Record what a proxy that died left, with the rows that a worker still holds; OSError if the disk takes none."""
+    for n, call in enumerate(store.left):
+        logger.warning("call %s: %s", call.id, STOPPED)
+        draft = store.draft(call.id)
+        try:
+            if call.points and not await on_disk(draft.exists):
+                await workers.claim(call.id, draft, min_free_bytes)
+        except CaptureLost as error:
+            store.left[n] = msgspec.structs.replace(call, sequences=error.sequences, lost=str(error))
+    left = [call.id for call in store.left]
+    await on_disk(store.finish_left)
+    for name in left:
+        await workers.forget(name)

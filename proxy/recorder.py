@@ -29,6 +29,7 @@ from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.outline import Outline
 from episodes.records import Call, Model
+from episodes.recovery import STOPPED as LEFT
 from episodes.store import Store
 from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
@@ -56,13 +57,17 @@ LATE_S = 0.05
 # A client often sends its next call as soon as it has a reply: that one goes first, the work behind the last after it,
 # at every so many seconds, for calls that end soon after each other to be put on disk with one sync.
 BEHIND_S = 0.005
-STOPPED = "the proxy had to stop before they were claimed"
+STOPPED = "the proxy had to stop before its activations were claimed"
 
 T = TypeVar("T")
 # How many positions of a call are stored, shared with an earlier call, or missing.
 Rows = Counter[str]
 # Who has a call's activations: the worker that served it, or any of them.
 Holder = Backend | Workers
+
+
+class Stopped(Exception):
+    """There is no time left to record a call in."""
 
 
 class Deadline:
@@ -148,6 +153,8 @@ class Recording:
         # Calls that the disk did not take, and why: they are tried again.
         self._refused: dict[str, str] = {}
         self._claims: set[asyncio.Task[None]] = set()
+        # Calls of a proxy that died, until a worker of the run's model is there, which may still have their rows.
+        self._left: list[Call] = []
         # What is left to do about calls that are recorded; nothing waits for it before the end.
         self._chores: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -159,23 +166,36 @@ class Recording:
         cls, layout: Layout, config: Config, workers: Workers, metrics: Metrics, deadline: Deadline
     ) -> Recording:
         store = await asyncio.to_thread(Store, layout, config.compression)
-        recording = cls(store, workers, config, metrics, deadline)
-        live = await asyncio.to_thread(store.history.unsealed)
-        recording._cast.replay([*live, *store.left])
-        await recording._look()
+        try:
+            recording = cls(store, workers, config, metrics, deadline)
+            live = await asyncio.to_thread(store.history.unsealed)
+            recording._cast.replay([*live, *store.left])
+            await recording._look()
+        except BaseException:  # else it would stay locked
+            store.close()
+            raise
         recording._touched = dict.fromkeys((call.thread for call in live), time.monotonic())
         recording._recover()
         return recording
 
     def _recover(self) -> None:
-        """Take up what a proxy that died left. What it had not claimed, one of the workers may still hold."""
+        """Take up what a proxy that died left, but for calls whose rows one of the workers may still hold."""
         for line in self._store.recovered:
             logger.warning("%s: %s", self._store.layout.root, line)
         left, self._store.left = self._store.left, []
         for call in left:
-            logger.warning("call %s: %s", call.id, call.error, extra=logs.about(call))
+            logger.warning("call %s: %s", call.id, LEFT, extra=logs.about(call))
             self._under_way.begin(call.id, call.thread)
-            self.record(call, self._workers if call.points else None, {})
+            if call.points:
+                self._left.append(call)
+            else:
+                self.record(call, None, {})
+
+    def _take_up(self) -> None:
+        """Claim what a proxy that died had not claimed."""
+        left, self._left = self._left, []
+        for call in left:
+            self.record(call, self._workers, {})
 
     @property
     def described(self) -> bool:
@@ -190,7 +210,14 @@ class Recording:
             if self._greeted.get(backend) != model:
                 await self._on_disk(self._store.describe, model)
                 self._greeted[backend] = model
+                self._take_up()
                 await self._forget_left(backend)
+
+    async def take_up(self) -> None:
+        """See whether a worker is there that may have what a proxy that died left."""
+        if self._left:
+            with contextlib.suppress(TautapError):  # whoever sends a call is told
+                await self.describe()
 
     async def _forget_left(self, backend: Backend) -> None:
         """Let a worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
@@ -226,7 +253,7 @@ class Recording:
     @property
     def n_queued(self) -> int:
         """Calls whose reply is over and that are not on disk yet."""
-        return len(self._tasks)
+        return len(self._tasks) + len(self._left)
 
     @property
     def n_live(self) -> int:
@@ -318,6 +345,9 @@ class Recording:
             if holder is not None:
                 self._later(holder.forget(call.id))
             return None
+        except Stopped:
+            await self._leave(call)
+            return STOPPED
         except Exception as error:
             logger.exception("call %s could not be recorded", call.id, extra=logs.about(call))
             self._n_lost += 1
@@ -328,6 +358,15 @@ class Recording:
             del self._tasks[call.id]
             self._under_way.end(call.id, call.thread)
             self._touched[call.thread] = time.monotonic()
+
+    async def _leave(self, call: Call) -> None:
+        """Leave a call whose reply is over to the next proxy: the worker keeps its rows."""
+        logger.warning("call %s: %s: left for the next proxy", call.id, STOPPED, extra=logs.about(call))
+        try:
+            await self._on_disk(self._store.begin, [call])
+            await self._on_disk(self._store.sync_begun)
+        except OSError as error:  # it is known of all the same, but for its reply
+            logger.warning("call %s: its reply could not be noted: %s", call.id, error, extra=logs.about(call))
 
     def _later(self, chore: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(chore)
@@ -379,7 +418,9 @@ class Recording:
                 await self._fetch(claim)
                 self._metrics.claim.observe(time.perf_counter() - over)
         except CaptureLost as error:
-            if not error.ran and not call.answered:
+            # One that died with its proxy has forgotten what it ran, and the client may have its reply.
+            none_ran = error.ran is False or (error.ran is None and holder is not self._workers)
+            if none_ran and not call.answered:
                 return call
             return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
         except TautapError as error:
@@ -390,7 +431,7 @@ class Recording:
         return call
 
     async def _fetch(self, claiming: Coroutine[Any, Any, None]) -> None:
-        """The claim itself; CaptureLost also if the proxy has no time left for it."""
+        """The claim itself; Stopped if the proxy has no time left for it."""
         claim = asyncio.create_task(claiming)
         self._claims.add(claim)
         try:
@@ -399,7 +440,7 @@ class Recording:
             self._claims.discard(claim)
             claim.cancel()
         if claim.cancelled():
-            raise CaptureLost(STOPPED)
+            raise Stopped
         claim.result()
 
     def _lost(self, call: Call, reason: str) -> Call:
@@ -531,12 +572,16 @@ class Recording:
 
     async def close(self) -> None:
         """Record what is under way, seal everything, roll the index. From the deadline on nothing is claimed any more,
-        and what is not sealed is left live.
+        and what is not recorded or sealed is left: the next proxy, or `tautap seal`, takes it up.
         """
         self._closing.set()
         try:
             await self._finish_calls()
             await self.seal(0)
+            if self._left:
+                logger.warning(
+                    "%d calls of a proxy before this one are left: no worker of their model was there", len(self._left)
+                )
             if self._deadline.over and self.n_live:
                 logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
             try:
@@ -620,6 +665,7 @@ class Recorder:
             await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
             for name, recording in list(self._runs.items()):
                 try:
+                    await recording.take_up()
                     await recording.seal(idle_s)
                 except Exception:
                     logger.exception("run %s could not be sealed", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Mapping
@@ -14,6 +15,8 @@ from proxy.metrics import METRICS
 
 logger = logging.getLogger("tautap.proxy")
 
+LATER = {"Retry-After": "5"}
+FULL = (errno.ENOSPC, errno.EDQUOT)
 KINDS = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 415: "unsupported_encoding"}
 
 
@@ -47,7 +50,7 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
     except BadRun as error:
         return Refusal(409, str(error), "run_unusable")
     except NotStored as error:
-        return Refusal(status(error), str(error), "overloaded", {"Retry-After": "5"})
+        return Refusal(status(error), str(error), "overloaded", LATER)
     except WorkerFailed as error:
         return Refusal(status(error), str(error), "worker_failed")
     except web.HTTPRequestEntityTooLarge:
@@ -58,6 +61,8 @@ async def _answer(request: web.Request, handler: Handler) -> web.StreamResponse:
         return Refusal(
             error.status, error.text or error.reason, KINDS.get(error.status, "invalid_request_error"), headers
         )
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return Refusal(503, f"the disk does not take what is to be recorded: {error.strerror}", "overloaded", LATER)
         logger.exception("%s %s failed", request.method, request.path)
         return Refusal(500, "the proxy failed; its log says why", "internal_error")

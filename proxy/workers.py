@@ -198,6 +198,7 @@ class Lease:
     def __init__(self, workers: Workers, names: Sequence[str]) -> None:
         self._workers = workers
         self._names = names
+        self._model = workers.model
         self.backend: Backend | None = None
 
     @asynccontextmanager
@@ -210,6 +211,7 @@ class Lease:
         while (worker := fleet.enter(self._names, tried)) is not None:
             self.backend = worker.backend
             try:
+                await self._check(worker)
                 async with worker.ask(method, path, query, headers, body) as reply:
                     yield reply
                 return
@@ -223,6 +225,17 @@ class Lease:
             finally:
                 fleet.leave(worker)
         raise unreachable
+
+    async def _check(self, worker: Upstream) -> None:
+        """WorkerUnreachable for a worker that does not say what it runs, or, of a call in a conversation, that runs
+        something else than there was when it began: its capture is not for that.
+        """
+        backend = worker.backend
+        if not backend.foreign and not await self._workers._hear(worker):
+            raise WorkerUnreachable(f"the worker cannot be reached: {backend.address} does not answer")
+        model = self._workers.known.get(backend)
+        if self._names and (model or self._model) and (reason := unlike(model, self._model)):
+            raise WorkerUnreachable(f"the worker was started anew: {reason}")
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

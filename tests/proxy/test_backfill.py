@@ -227,6 +227,21 @@ def test_rows_of_a_backfill_that_died_are_forgotten_by_the_next_proxy(stub, tmp_
         until(lambda: not waiting(stub, http), "the worker to have been told to forget")
 
 
+def test_what_a_proxy_that_died_left_is_recorded_first(stub, tmp_path, left_behind):
+    """With the rows that the worker still has; those that it has not are lost by name, and cannot be filled."""
+    assert asyncio.run(backfill(left_behind, Config((stub.url,), tmp_path, "r"))).left == {}
+    run = open_run(left_behind.root)
+    check_filled(run)
+    assert run.history.calls["c-left"].n_kept > 0
+
+
+def test_what_the_worker_does_not_have_either_is_not_filled(tmp_path, left_behind):
+    with Running(Stub(tmp_path / "anew")) as stub:
+        done = asyncio.run(backfill(left_behind, Config((stub.url,), tmp_path, "r")))
+    assert "c-left" in done.left
+    assert ["c-left" in said for said in problems(open_run(left_behind.root))] == [True]
+
+
 def test_the_command_says_what_it_filled_and_what_is_left(stub, tmp_path):
     with proxy_to(stub.url, tmp_path) as proxy:
         lose(stub.stub, proxy)

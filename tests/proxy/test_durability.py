@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
-import msgspec
 import openai
 import pytest
 
+from episodes.errors import WorkerFailed, WrongModel
 from episodes.run import open_run
 from episodes.store import Store
 from episodes.verify import problems
@@ -20,7 +21,7 @@ from proxy.config import Timeouts
 from servers import healthy
 from tests.conftest import free_port, proxy_to, slowly, until
 from tests.proxy.test_server import check_rows, committed, converse, user
-from tests.stub import MODEL
+from tests.stub import MODEL, Running, Stub
 
 
 def waiting(stub, http):
@@ -102,23 +103,48 @@ def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, t
         until(lambda: waiting(stub, http) == {"somebody-elses"}, "the recorded call to be forgotten")
 
 
-def test_a_worker_is_not_told_to_forget_what_is_being_claimed_for_a_proxy_that_died(stub, tmp_path, http, monkeypatch):
+def test_a_worker_is_not_told_to_forget_what_is_being_claimed_for_a_proxy_that_died(
+    stub, tmp_path, left_behind, monkeypatch
+):
     """However long the claim takes, beside the question what the worker still holds for that proxy."""
-    with proxy_to(stub.url, tmp_path) as proxy:
-        converse(proxy.client(), "talk", 1)
-    run = proxy.open()
-    (call,) = run.history.calls.values()
-    capture = Capture("c-left", f"{run.about.run}/{run.about.created!r}/before.0")
-    body = {"model": MODEL, "messages": [user("Hi")]}
-    http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: capture.header()})
-    store = Store(run.layout)
-    store.begin([msgspec.structs.replace(call, id="c-left", thread="t-left", episode="t-left", sequences=[], kept=[])])
-    store.close()
     slowly(monkeypatch, (Backend, "claim"), 1)
     with proxy_to(stub.url, tmp_path) as proxy:
         committed(proxy, 2)
     found = proxy.open().history.calls["c-left"]
     assert found.lost is None and found.n_positions > 0
+
+
+@pytest.mark.parametrize("wrong", ["model", "key", "port"])
+def test_a_start_that_fails_leaves_what_a_proxy_that_died_left(stub, tmp_path, left_behind, wrong):
+    """One with another worker, with a key that this one does not know, or without any: the right one has it later."""
+    other = Stub(tmp_path / "other", api_key="right" if wrong == "key" else None)
+    other.engine.vllm_config.model_config.model = "tests/another"
+    with Running(other) as another:
+        url = f"http://127.0.0.1:{free_port()}" if wrong == "port" else another.url
+        refused = {"model": pytest.raises(WrongModel), "key": pytest.raises(WorkerFailed)}
+        with refused.get(wrong, nullcontext()), proxy_to(url, tmp_path, backend_key="wrong"):
+            pass
+    run = open_run(left_behind.root)
+    assert "c-left" not in run.history.calls and any("c-left: its proxy was stopped" in said for said in problems(run))
+    with proxy_to(stub.url, tmp_path):
+        pass
+    run = open_run(left_behind.root)
+    assert run.history.calls["c-left"].n_kept > 0 and list(problems(run)) == []
+
+
+def test_what_a_worker_forgot_that_died_with_its_proxy_is_lost_by_name(tmp_path, left_behind):
+    """Its client may have had the reply: so `verify` may not say that all is there. The worker that comes after the
+    proxy is asked without waiting for a client to send something.
+    """
+    port = free_port()
+    with (
+        proxy_to(f"http://127.0.0.1:{port}", tmp_path, episode_idle_s=0.4),
+        Running(Stub(tmp_path / "anew"), port=port),
+    ):
+        until(lambda: "c-left" in open_run(left_behind.root).history.calls, "the call in the journal")
+    run = open_run(left_behind.root)
+    assert run.history.calls["c-left"].lost
+    assert [said for said in problems(run) if "c-left: no activations: " in said]
 
 
 def test_new_calls_are_refused_while_too_many_wait_to_be_recorded(stub, tmp_path, http, monkeypatch):

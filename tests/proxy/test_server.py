@@ -471,7 +471,6 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     (call,) = committed(proxy, 1).history.calls.values()
     assert "client left" in call.error and call.lost is None
     assert 0 < call.n_kept == call.n_positions and len(call.sequences[0].completion_token_ids) < 5
-    stub.stub.token_s = 0
     converse(proxy.client(), "next", 1)
     committed(proxy, 2)
 
@@ -655,24 +654,26 @@ def test_the_command_drains_and_seals_on_sigterm(stub, tmp_path):
 
 
 def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path, monkeypatch):
-    """For a claim that never comes: the call is recorded as one without rows, and its episode left for another."""
+    """For a claim that never comes: the call is left to the next proxy, with its reply; the worker keeps its rows."""
 
     async def never(self, call, into, *limits):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(Backend, "claim", never)
-    with proxy_to(stub.url, tmp_path, drain_s=0.2) as proxy:
+    with monkeypatch.context() as patch, proxy_to(stub.url, tmp_path, drain_s=0.2) as proxy:
+        patch.setattr(Backend, "claim", never)
         converse(proxy.client(), "kept waiting", 1)
         begun = time.monotonic()
         proxy.stop()
     assert 0.2 < time.monotonic() - begun < 10
-    run = proxy.open()
-    (call,) = run.history.calls.values()
-    assert call.lost == "the proxy had to stop before they were claimed" and call.status == 200
-    assert [e.status for e in run.history.episodes.values()] == ["live"]
+    (said,) = problems(proxy.open())
+    assert "before it had recorded the call: open the run with a proxy" in said
     with proxy_to(stub.url, tmp_path) as proxy:
         pass
-    assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+    run = proxy.open()
+    check_rows(run)
+    (call,) = run.history.calls.values()
+    assert call.answered and call.finish_reason == "stop" and list(problems(run)) == []
+    assert [e.status for e in run.history.episodes.values()] == ["sealed"]
 
 
 def _statuses(data, *names):
@@ -695,7 +696,7 @@ def test_a_claim_that_hangs_keeps_no_other_run_from_being_sealed(stub, tmp_path,
         until(lambda: bool(hung), "the claim")
         converse(proxy.client("/runs/b/v1"), "quiet", 1)
         until(lambda: len(open_run(tmp_path / "b").history.calls) == 1, "the other call in the journal")
-    assert _statuses(tmp_path, "a", "b") == [["live"], ["sealed"]]
+    assert _statuses(tmp_path, "a", "b") == [[], ["sealed"]]
 
 
 def test_a_run_that_cannot_be_closed_is_told_of_when_the_others_are(stub, tmp_path, monkeypatch):
@@ -776,9 +777,9 @@ def test_a_proxy_can_be_stopped_while_it_waits_for_its_worker_to_say_what_it_is(
 
 
 @pytest.mark.parametrize(("stream", "status"), [(False, 0), (True, 200)])
-def test_a_call_that_outlasts_the_draining_is_broken_off_and_recorded(stub, tmp_path, stream, status):
-    """In the time that was given, not later; the journal does not blame the client."""
-    stub.stub.token_s = 2
+def test_a_call_that_outlasts_the_draining_is_broken_off_and_named(stub, tmp_path, stream, status):
+    """In the time that was given, not later; the next proxy records it, and does not blame the client."""
+    stub.stub.token_s = 0.3
     with proxy_to(stub.url, tmp_path, drain_s=1) as proxy:
         talking = threading.Thread(target=_fails, args=(proxy.client(), stream))
         talking.start()
@@ -787,6 +788,8 @@ def test_a_call_that_outlasts_the_draining_is_broken_off_and_recorded(stub, tmp_
         proxy.stop()
         talking.join()
     assert 1 < time.monotonic() - begun < 1.8
+    with proxy_to(stub.url, tmp_path) as proxy:
+        committed(proxy, 1)
     (call,) = proxy.open().history.calls.values()
     assert (call.error, call.status) == ("the proxy had to stop before the end of the reply", status)
 

@@ -18,6 +18,8 @@ import pytest
 from episodes.errors import WrongModel
 from episodes.verify import problems
 from proxy import workers
+from proxy.backend import Backend
+from proxy.server import Proxy
 from proxy.top import Sample
 from servers import healthy
 from tests.conftest import free_port, proxy_to, until
@@ -260,6 +262,33 @@ def test_a_worker_is_named_once(tmp_path):
     command = [sys.executable, "-m", "proxy", "proxy", "--backend", "http://127.0.0.1:1", "--data", str(tmp_path)]
     done = subprocess.run([*command, "--backend", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--backend http://127.0.0.1:1 is given twice" in done.stderr
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_call_is_sent_to_no_other_worker_than_there_was_when_it_began(stub, tmp_path, http, monkeypatch, heard):
+    """Nor to one that nobody had heard of then: without a capture, which the call would not be known to lack."""
+    begin, capabilities = Proxy._begin, Backend.capabilities
+
+    async def other(self):
+        return msgspec.structs.replace(await capabilities(self), checkpoint="another")
+
+    def meanwhile(self, *call):
+        if heard:
+            monkeypatch.setattr(Backend, "capabilities", other)
+        else:
+            self._workers.model = None
+        self._workers.known.clear()
+        return begin(self, *call)
+
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    with proxy_to(stub.url, tmp_path) as proxy:
+        monkeypatch.setattr(Proxy, "_begin", meanwhile)
+        reply = http.post(f"{proxy.url}/v1/chat/completions", json=body)
+        assert reply.status_code == 502 and "the worker was started anew" in reply.json()["error"]["message"]
+        assert stub.stub.bodies == []
+        monkeypatch.undo()
+        assert http.post(f"{proxy.url}/v1/chat/completions", json=body).status_code == 200
+    assert [bool(call.points) for call in proxy.open().history.calls.values()] == [heard, True]
 
 
 class RealWorker:
