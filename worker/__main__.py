@@ -231,9 +231,12 @@ def _check_edit(edit: str, source: str, vllm_args: list[str]) -> None:
 def _bytes(text: str) -> int:
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
-        return int(number) * UNITS[unit]
+        found = int(number) * UNITS[unit]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, or a number with K, M, G or T") from None
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, at least 1, or a number with K, M, G or T")
+    return found
 
 
 def _values(args: list[str], flag: str) -> list[str]:
