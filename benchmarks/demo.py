@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 from rich.console import Console
 
@@ -24,10 +23,10 @@ from episodes import Run, open_run
 from episodes.commands import episodes_overview
 from episodes.terminal import console
 from episodes.verify import problems
+from servers import wait_until_healthy
 
 MODEL = "SmolLM2-135M-Instruct"
 PORT, WORKER_PORT = 8000, 8001
-START_S = 600
 
 POLICY = """\
 You are the help desk of a public library. Help one reader at a time.
@@ -86,18 +85,6 @@ async def converse_all(url: str) -> None:
     await asyncio.gather(*(converse(client, subject) for subject in SUBJECTS))
 
 
-def wait_until_ready(url: str, stack: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and stack.poll() is None:
-        try:
-            if httpx.get(f"{url}/health/ready", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.25)
-    sys.exit(f"demo: the stack did not come up: exit code {stack.poll()}")
-
-
 def report(run: Run, out: Console) -> int:
     """Print what was recorded; the exit code."""
     found = list(problems(run))
@@ -121,7 +108,7 @@ def main() -> int:
     command = [sys.executable, "-m", "proxy", "up", "--run", name, "--port", str(PORT)]
     stack = subprocess.Popen([*command, "--worker-port", str(WORKER_PORT)])
     try:
-        wait_until_ready(f"http://127.0.0.1:{PORT}", stack)
+        wait_until_healthy(f"http://127.0.0.1:{PORT}", stack, "/health/ready")
         begun = time.monotonic()
         asyncio.run(converse_all(f"http://127.0.0.1:{PORT}/v1"))
         out.print(f"{len(SUBJECTS)} conversations at once, {time.monotonic() - begun:.1f} s")

@@ -8,8 +8,9 @@ looked up all the time, who stored which row. `rows.parquet` has a row for each 
     call, choice  who stored its rows; null if nobody did
     tokens        the token ids, little-endian int32
 
-Metadata, JSON: `specs`; `journal_bytes`, how much of the journal it stands for, and `crc32` of the last of these bytes;
-`lines`, the places of lines that still count; `counts`, as in `History`; `damaged`, whether a line could not be read.
+Metadata, JSON under the key `checkpoint 2`: `specs`; `journal_bytes`, how much of the journal it stands for, and
+`crc32` of the last of these bytes; `lines`, the places of lines that still count; `counts`, as in `History`; `damaged`,
+whether a line could not be read.
 """
 
 from __future__ import annotations

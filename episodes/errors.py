@@ -5,7 +5,7 @@ TautapError
 │   ├── UnknownPoint     a layer or hook that the model does not have
 │   ├── BadName          a run or episode name that is not a plain file name
 │   └── BadCapture       a capture request that does not parse
-├── BadRun               a run directory that cannot be used: commands exit with 1
+├── BadRun               a run directory that cannot be used: commands exit with 1, HTTP answers 409
 │   ├── WrongFormat      written by another format version
 │   ├── WrongModel       recorded with another model or dtype
 │   ├── RunLocked        another process is writing it

@@ -1,7 +1,7 @@
 """A run on disk, format 1.
 
     <data>/<run>/
-      run.json                          format, run, model, dtype, hidden size, points, versions, created
+      run.json                          format, run, created, recorded, compression (`episodes.records.Run`)
       journal.jsonl                     one checksummed line per call, seal, pair or link; append-only; the truth
       begun.jsonl                       lines of calls that have begun, some of them in the journal by now
       live/<thread>/<call>.safetensors  call files (`episodes.wire`) of episodes that are not sealed yet
@@ -10,6 +10,10 @@
       calls.parquet  episodes.parquet   the index, rolled from the journal
       rows.parquet                      a checkpoint of who stored which row (`episodes.checkpoint`), to start from
       .lock                             held by the process that writes the run
+      worker.log  results/              what `up` and `bench` put beside it: the worker's output, tau-bench's results
+
+In `run.json`, `recorded` has what the worker runs, `episodes.records.Model`: model, dtype, hidden size, points,
+versions, …; null until one was heard of.
 
 A **row** is one token's vectors. It belongs to the call that computed it first; a later call of the same token ids
 refers to it. A **span** `(choice, call, source_choice, start, stop)` says that positions start to stop of a call's

@@ -232,10 +232,11 @@ class Store:
         recorded = self.run.recorded
         if recorded is None:
             raise CorruptFile(f"rows of {call.id} came before the worker said what it runs")
-        expected = (call.id, DTYPE_CODES[recorded.dtype], recorded.hidden_size)
-        found = (file.call, file.dtype, file.hidden_size)
+        said = "call {}, {}, hidden size {}".format
+        found = said(file.call, file.dtype, file.hidden_size)
+        expected = said(call.id, DTYPE_CODES[recorded.dtype], recorded.hidden_size)
         if found != expected:
-            raise CorruptFile(f"a call file of {found}, expected {expected}")
+            raise CorruptFile(f"the file has rows of {found}; expected {expected}")
 
     def pair(self, group: Group, benchmark: str | None) -> None:
         """Note which threads make up an episode, if that is news. benchmark: whose, if it is one's."""

@@ -16,8 +16,8 @@
 
 and in its metadata `call`, `points` (JSON list of names), `tokens` and `sequences` (JSON list of `Sequence`).
 
-**Spool file**, one per sequence, the same without `choice` and `sequences`, with `prompt_token_ids [p] int32` behind
-the rest; `join` makes the one out of the others without copying a row.
+**Spool file**, one per sequence, the same without `choice`, `tokens` and `sequences`, with `prompt_token_ids [p] int32`
+behind the rest; `join` makes the one out of the others without copying a row.
 """
 
 from __future__ import annotations

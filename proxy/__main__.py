@@ -30,6 +30,10 @@ from proxy.keys import API_KEYS, Keys, api_keys, backend_key
 SECONDS = click.FloatRange(0, min_open=True)
 # -P: a `worker.py` where it is started from is the user's, and not meant.
 WORKER = [sys.executable, "-P", "-m", "worker"]
+KEY = click.option("--key", envvar="OPENAI_API_KEY", default="none", show_envvar=True, help="Bearer key for the proxy.")
+WORKER_PORT = click.option(
+    "--worker-port", default=8001, type=click.IntRange(1, 65535), help="The worker's port on loopback."
+)
 
 
 class Group(click.Group):
@@ -182,7 +186,7 @@ def proxy(backends: tuple[str, ...], **options: Any) -> None:
 
 @cli.command("top", context_settings={"show_default": True})
 @click.argument("url", default="http://127.0.0.1:8000")
-@click.option("--key", envvar="OPENAI_API_KEY", default="none", show_envvar=True, help="Bearer key for the proxy.")
+@KEY
 @click.option("--every-s", default=2.0, type=click.FloatRange(0.1), help="How often to look.")
 def top_command(url: str, key: str, every_s: float) -> None:
     """Show how a running proxy is doing: episodes, tokens, rows, bytes, backlog.
@@ -228,7 +232,7 @@ def worker_command(arguments: tuple[str, ...]) -> None:
 
 
 @cli.command(context_settings={"ignore_unknown_options": True, "show_default": True})
-@click.option("--worker-port", default=8001, type=click.IntRange(1, 65535), help="The worker's port on loopback.")
+@WORKER_PORT
 @proxy_options
 @click.argument("worker_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[MODEL] [WORKER AND VLLM FLAGS]")
 def up(worker_port: int, worker_arguments: tuple[str, ...], **options: Any) -> None:
@@ -274,8 +278,8 @@ class BenchCommand(click.Command):
 @click.option("--base-url", metavar="URL", help="A proxy that runs already.  [default: start the stack, as `up` does]")
 @click.option("--matrix", type=click.Path(path_type=Path), metavar="FILE", help="Configurations, in TOML.")
 @click.option("--at-once", default=4, type=click.IntRange(1), help="How many configurations run at the same time.")
-@click.option("--key", envvar="OPENAI_API_KEY", default="none", show_envvar=True, help="Bearer key for the proxy.")
-@click.option("--worker-port", default=8001, type=click.IntRange(1, 65535), help="The worker's port on loopback.")
+@KEY
+@WORKER_PORT
 @proxy_options
 @click.argument(
     "worker_arguments",

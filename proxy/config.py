@@ -54,6 +54,7 @@ class Config:
     spool_dir: the worker's `--spool-dir` as it is called here, where that is another path than there.
     backfill: run again what an episode's calls lack, before it is sealed.
     aliases: model names that clients send → names that the worker serves.
+    claim_timeout_s: how long it may take to claim a call's activations, or to run it again for `backfill`.
     min_free_bytes: while the data's disk has less, new calls wait, `room_wait_s` at most; rows that would leave less
     wait at the worker.
     durability: a reply ends when its call is known of on disk (`async`), or recorded there with all its rows (`sync`),

@@ -60,7 +60,7 @@ def split_url(url: str) -> tuple[str, str | None]:
     """A proxy's base, and the run if the URL names one: out of `http://host:8000`, …`/v1` or …`/runs/<run>/v1`."""
     match = URL.fullmatch(url)
     if match is None:
-        raise BadInput(f"--base-url {url}: give a proxy's, such as http://127.0.0.1:8000/v1")
+        raise BadInput(f"{url}: give a proxy's base URL, such as http://127.0.0.1:8000/v1")
     return match["base"], match["run"]
 
 

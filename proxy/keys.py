@@ -1,4 +1,4 @@
-"""Who may talk to the proxy: named bearer keys, out of a file or the environment. A key is never logged or shown."""
+"""The keys of those who may talk to the proxy, out of a file or the environment. A key is never logged or shown."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler, Middleware
-from multidict import istr
-
-from episodes.access import from_elsewhere, key_in, text_of
+from episodes.access import key_in, text_of
 from episodes.errors import BadInput
-from proxy.refusals import Refusal
 
 API_KEYS = "TAUTAP_API_KEYS"
 BACKEND_KEY = "TAUTAP_BACKEND_KEY"
-# Without a key: what tells a balancer that the proxy lives, and nothing more.
-OPEN = ("/health/live", "/health/ready")
-CLIENT = web.RequestKey("client", str)
-SITE = istr("Sec-Fetch-Site")
 ENTRY = re.compile(r"(?P<name>[A-Za-z0-9._@-]{1,64})\s+(?P<key>[\x21-\x7e]{8,512})")
 
 
@@ -45,30 +36,6 @@ class Keys:
             if hmac.compare_digest(given, digest) and scheme.lower() == "bearer":
                 found = name
         return found
-
-
-def guard(keys: Keys) -> Middleware:
-    """Lets in who has one of the keys, and notes its name as the request's `CLIENT`."""
-
-    @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in OPEN:
-            name = keys.whose(request.headers.get("Authorization"))
-            if name is None:
-                message = "give one of the proxy's keys: Authorization: Bearer <key> (OPENAI_API_KEY)"
-                return Refusal(401, message, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-            request[CLIENT] = name
-        return await handler(request)
-
-    return guarded
-
-
-@web.middleware
-async def local(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Lets in who is on this machine, and no web page that is open in a browser here: the guard where no keys are."""
-    headers = request.headers
-    reason = from_elsewhere(headers.get(hdrs.HOST), headers.get(hdrs.ORIGIN), headers.get(SITE))
-    return await handler(request) if reason is None else Refusal(403, reason, "permission_denied")
 
 
 def parse(lines: Iterable[str], source: str) -> dict[str, str]:

@@ -12,7 +12,9 @@ from aiohttp import web
 
 from episodes.layout import NAME as NAMES
 from episodes.messages import JSON
+from episodes.tables import Totals
 from episodes.wire import Tokens
+from proxy.admin import Progress
 
 ERROR: JSON = {
     "type": "object",
@@ -38,16 +40,52 @@ COLLECT: JSON = {
     ]
 }
 NAME: JSON = {"type": "string", "pattern": f"^{NAMES.pattern}$"}
+RUN: JSON = {"name": "run", "in": "path", "required": True, "schema": NAME}
+# Whose the results are: the file, and tau-bench's environment and split.
+WHOSE: list[JSON] = [{"name": name, "in": "query", "schema": {"type": "string"}} for name in ("name", "env", "split")]
+RESULT: JSON = {
+    "type": "object",
+    "required": ["task_id", "trial", "reward", "info", "traj"],
+    "properties": {
+        "task_id": {"type": "integer"},
+        "trial": {"type": "integer"},
+        "reward": {"type": "number"},
+        "info": {"type": "object"},
+        "traj": {"type": "array", "items": {"type": "object"}},
+    },
+}
+RESULTS: JSON = {
+    "type": "object",
+    "required": ["results"],
+    "properties": {
+        "results": {"type": "array", "items": RESULT},
+        "tasks": {"type": "object", "additionalProperties": {"type": "string"}},
+    },
+}
+STRINGS: JSON = {"type": "array", "items": {"type": "string"}}
+JOINED: JSON = {
+    "type": "object",
+    "required": ["joined", "new", "results", "episodes", "doubts"],
+    "properties": {
+        "joined": {"type": "integer"},
+        "new": {"type": "integer"},
+        "results": STRINGS,
+        "episodes": STRINGS,
+        "doubts": STRINGS,
+    },
+}
 REFUSALS = {
     "400": "something is wrong with the request",
     "401": "no key, or none of the proxy's",
     "403": "no keys are set, and it comes from a web page or to a name that is not this machine's",
     "404": "no such path, or no such model",
     "405": "not with this method",
+    "408": "the body did not come in time",
     "409": "the run cannot be used",
     "413": "the body is too large",
     "415": "the body is packed in a way that is not known",
     "429": "too many requests are in flight",
+    "500": "the proxy failed",
     "502": "the worker cannot be reached or failed",
     "503": "the recorder cannot keep up",
     "504": "the worker took too long",
@@ -70,10 +108,19 @@ def document() -> JSON:
             "/v1/models": {"get": _operation("the models that are served", {"type": "object", "required": ["data"]})},
             "/tautap": {"get": _operation("the proxy", {"type": "object", "required": ["run", "aliases"]})},
             "/tautap/runs/{run}": {
-                "parameters": [{"name": "run", "in": "path", "required": True, "schema": NAME}],
-                "get": _operation("what the run holds so far", _counts()),
-                "post": _operation("the same, and the run is open", _counts()),
+                "parameters": [RUN],
+                "get": _operation("what the run holds so far", _counts(Progress)),
+                "post": _operation("the same, and the run is open", _counts(Progress)),
             },
+            "/tautap/runs/{run}/seal": {
+                "parameters": [RUN],
+                "post": _operation("what its episodes hold, all of them sealed", _counts(Totals)),
+            },
+            "/tautap/runs/{run}/link": {
+                "parameters": [RUN, *WHOSE],
+                "post": _operation("what became of tau-bench's results", JOINED) | _body(RESULTS),
+            },
+            "/metrics": {"get": _operation("what Prometheus reads", {"type": "string"}, "text/plain")},
             "/health/live": {"get": _health("the proxy lives")},
             "/health/ready": {"get": _health("the worker answers, too")},
         },
@@ -95,14 +142,15 @@ def _generation(prompt: str, schema: JSON) -> JSON:
     operation = _operation("a completion, or its events where `stream` is set", COMPLETION)
     operation["responses"]["200"]["content"]["text/event-stream"] = {}
     episode = {"name": "X-Episode-Id", "in": "header", "schema": NAME}
-    return operation | {
-        "parameters": [episode],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-    }
+    return operation | {"parameters": [episode]} | _body(body)
 
 
-def _operation(gives: str, schema: JSON) -> JSON:
-    good = {"description": gives, "content": {"application/json": {"schema": schema}}}
+def _body(schema: JSON) -> JSON:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _operation(gives: str, schema: JSON, kind: str = "application/json") -> JSON:
+    good = {"description": gives, "content": {kind: {"schema": schema}}}
     return {"responses": {"200": good} | {code: _refusal(code) for code in REFUSALS}}
 
 
@@ -117,6 +165,6 @@ def _health(good: str) -> JSON:
     return {"security": [], "responses": responses | {"403": _refusal("403")}}
 
 
-def _counts() -> JSON:
-    names = ["calls", "tokens", "rows", "bytes"]
+def _counts(kind: type[msgspec.Struct]) -> JSON:
+    names = list(kind.__struct_fields__)
     return {"type": "object", "required": names, "properties": {name: {"type": "integer"} for name in names}}

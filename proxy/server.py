@@ -33,7 +33,7 @@ from proxy import admin, bodies, metrics, openapi
 from proxy.config import TLS, Config
 from proxy.exchange import Exchange, Watch
 from proxy.generation import GONE, STOPPED, Generation
-from proxy.keys import CLIENT, guard, local
+from proxy.guards import CLIENT, guard, local
 from proxy.metrics import Metrics
 from proxy.paths import Target, target
 from proxy.recorder import Recorder, Recording

@@ -31,7 +31,7 @@ Job = Callable[[asyncio.Event], Awaitable[int]]
 
 
 async def run_stack(config: Config, command: list[str], environment: Mapping[str, str], job: Job) -> int:
-    """Run both until the job is done; returns the exit code. command: the worker's, with all its environment.
+    """Run both until the job is done; returns the exit code. command, environment: the worker's.
 
     Only this proxy can talk to the worker: both get a key that nobody else knows.
 

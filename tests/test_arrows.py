@@ -1,6 +1,8 @@
 """The packages import one way: proxy → episodes ← worker."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,9 @@ def test_the_api_server_does_not_load_nnsight():
     for module in ("server", "ledger", "orders", "embed", "spool", "metrics"):
         assert not imports(ROOT / "worker" / f"{module}.py") & {"nnsight", "torch"}, module
     assert "nnsight" in imports(ROOT / "worker" / "tap.py")
+
+
+def test_a_command_loads_no_http_before_it_is_chosen():
+    """`tautap episodes` wants none, and aiohttp takes a third of a second to import."""
+    code = "import sys, proxy.__main__; sys.exit(bool({'aiohttp', 'prometheus_client'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

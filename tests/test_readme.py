@@ -1,6 +1,7 @@
-"""The README's code runs as it is printed."""
+"""The README's code runs as it is printed, and its commands are commands of ours."""
 
 import re
+import shlex
 from pathlib import Path
 
 import ml_dtypes
@@ -14,9 +15,23 @@ import torch
 
 from episodes.records import Link
 from episodes.shards import Block, Whose, write_shard
+from proxy.__main__ import cli
+from proxy.flags import n_attempts, parse, read_matrix, translate
 from tests.episodes.test_store import MODEL, Writer, expected
+from tests.test_compose import vllm_fields
+from worker.__main__ import _parser
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.DOTALL)
+README = (Path(__file__).parent.parent / "README.md").read_text()
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+BLOCKS = [block for language, block in FENCED if language == "python"]
+# The words behind each `tautap` of a block of shell, without what the line sets before it.
+COMMANDS = [
+    shlex.split(line.partition("tautap ")[2], comments=True)
+    for language, block in FENCED
+    if not language
+    for line in block.replace("\\\n", "").splitlines()
+    if re.match(r"([A-Z_]+=\S*( [\w.]+\))? )?tautap ", line)
+]
 POINT = "layers.8.output"
 OPENING, FIRST, SECOND = [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 9, 8]
 
@@ -143,3 +158,28 @@ def test_a_dataset_over_all_shards_takes_their_unified_schema(run):
 def test_the_readme_has_no_other_python():
     """Its last block, an edit, is run by `worker/test_families.py`."""
     assert len(BLOCKS) == 5 and "def steer" in BLOCKS[4]
+
+
+def test_the_matrix_multiplies_out():
+    (matrix,) = (block for language, block in FENCED if language == "toml")
+    found = read_matrix(matrix)
+    assert len(found) == 6 and "react-verify" in found
+    assert {n_attempts(flags) for flags in found.values()} == {4}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:3]))
+def test_a_command_is_one_of_ours(words, tmp_path, monkeypatch):
+    """Every flag is one that `tautap`, the worker or vLLM takes."""
+    monkeypatch.chdir(tmp_path)
+    Path("keys").write_text("ann secret-of-ann")
+    name, *arguments = words
+    context = cli.commands[name].make_context(name, arguments)  # click refuses what it does not know
+    if name == "bench":
+        assert n_attempts(translate(parse(context.params["benchmark_arguments"]), "m")) == 3 * 4
+    for key in {"arguments", "worker_arguments"} & context.params.keys():
+        _, rest = _parser().parse_known_args(context.params[key])
+        assert {flag[2:].replace("-", "_") for flag in rest if flag.startswith("--")} <= vllm_fields()
+
+
+def test_the_commands_are_all_there():
+    assert [words[0] for words in COMMANDS] == ["bench", "up", "worker", "proxy", "proxy", "worker"]

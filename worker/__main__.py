@@ -17,13 +17,14 @@ import sys
 import tempfile
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
 from episodes.access import key_in, loopback
 from episodes.errors import BadInput, TautapError
 from episodes.points import Points, default_layers, parse_custom
+from episodes.wire import CaptureSource, Tokens
 from worker import smollm
 from worker.limits import PLAIN, REFUSED
 from worker.orders import XARG, Config, load_edit
@@ -147,11 +148,11 @@ def _parser() -> argparse.ArgumentParser:
         help="a module's .input or .output, * for the layer: o_proj=model.layers.*.self_attn.o_proj.output",
     )  # fmt: skip
     parser.add_argument(
-        "--tokens", default="all", choices=["all", "prompt", "completion", "last"],
+        "--tokens", default="all", choices=get_args(Tokens),
         help="whose rows; last is the last prompt token; prompt does without the prefix cache (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--capture-source", default="nnsight", choices=["nnsight", "graphs", "aux"],
+        "--capture-source", default="nnsight", choices=get_args(CaptureSource),
         help="nnsight: observers, any point of any call; graphs: the same inside CUDA graphs, only the points given at "
         "start; aux: vLLM's auxiliary hidden states, the model is compiled, only output can be had (%(default)s)",
     )  # fmt: skip
@@ -231,9 +232,12 @@ def _check_edit(edit: str, source: str, vllm_args: list[str]) -> None:
 def _bytes(text: str) -> int:
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     try:
-        return int(number) * UNITS[unit]
+        found = int(number) * UNITS[unit]
     except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, or a number with K, M, G or T") from None
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, at least 1, or a number with K, M, G or T")
+    return found
 
 
 def _values(args: list[str], flag: str) -> list[str]:

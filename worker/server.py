@@ -124,8 +124,7 @@ class CaptureMiddleware:
         try:
             asked = self._asked(headers, body)
         except BadInput as error:
-            response = JSONResponse(_error(str(error), 400), 400)
-            return await response(scope, receive, send)
+            return await _refusal(400, str(error))(scope, receive, send)
         if asked is None:
             return await self._app(scope, _replay(body, receive), send)
         capture, collect, fields = asked
@@ -312,18 +311,17 @@ class Routes:
         """
         call = self._ledger.find(request.path_params["call"])
         if call is None:
-            return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
+            return _refusal(404, "no captured call has this id, or it was deleted")
         wait_s = request.query_params.get("wait_s", "0")
         if not SECONDS.fullmatch(wait_s):
-            return JSONResponse(_error(f"wait_s={wait_s[:40]}: give seconds, such as wait_s=10", 400), 400)
+            return _refusal(400, f"wait_s={wait_s[:40]}: give seconds, such as wait_s=10")
         form = request.query_params.get("as", "file")
         if form not in ("file", "recipe"):
-            return JSONResponse(_error(f"as={form[:40]}: give as=file or as=recipe", 400), 400)
+            return _refusal(400, f"as={form[:40]}: give as=file or as=recipe")
         try:
             extents = await self._ledger.wait_for(call, min(float(wait_s), WAIT_LIMIT_S))
         except CaptureLost as error:
-            known = msgspec.to_builtins(call.known)
-            return JSONResponse(_error(str(error), 410) | {"sequences": known, "ran": call.ran}, 410)
+            return _refusal(410, str(error), sequences=msgspec.to_builtins(call.known), ran=call.ran)
         if extents is None:
             return JSONResponse({"call": call.id, "state": "running"}, 202)
         if form == "recipe":
@@ -337,7 +335,7 @@ class Routes:
 
     async def forget(self, request: Request) -> Response:
         if not await asyncio.to_thread(self._ledger.forget, request.path_params["call"]):
-            return JSONResponse(_error("no captured call has this id, or it was deleted", 404), 404)
+            return _refusal(404, "no captured call has this id, or it was deleted")
         return Response(status_code=204)
 
 
@@ -348,7 +346,7 @@ def _header(scope: Scope, name: bytes) -> str | None:
 async def _refuse(status: int, reason: str, scope: Scope, receive: Receive, send: Send) -> None:
     if scope["type"] == "websocket":
         return await send({"type": "websocket.close", "code": 1008})
-    await JSONResponse(_error(reason, status), status)(scope, receive, send)
+    await _refusal(status, reason)(scope, receive, send)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -423,8 +421,9 @@ def _salt(*parts: str) -> str:
     return hashlib.sha256("/".join(f"{len(part)}:{part}" for part in parts).encode()).hexdigest()
 
 
-def _error(message: str, code: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": KINDS[code], "param": None, "code": code}}
+def _refusal(code: int, message: str, **more: Any) -> JSONResponse:
+    """An error in OpenAI's shape. more: what its body says beside that"""
+    return JSONResponse({"error": {"message": message, "type": KINDS[code], "param": None, "code": code}} | more, code)
 
 
 def _named(edit: str) -> str:

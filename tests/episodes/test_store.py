@@ -534,7 +534,7 @@ def test_rows_of_another_model_are_refused(tmp_path):
     call = Call(
         id="c1", thread="t", episode="e", turn=0, attempt=0, endpoint="", model="m", started=0, ended=0, status=200
     )
-    with pytest.raises(CorruptFile, match="F32"):
+    with pytest.raises(CorruptFile, match="rows of call c1, F32, hidden size 4; expected call c1, BF16, hidden size 4"):
         writer.store.commit(call, claim)
     writer.close()
 

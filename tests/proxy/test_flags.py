@@ -79,7 +79,7 @@ def test_a_base_url_is_a_proxy_and_maybe_a_run(url, found):
 
 @pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://h/v1"])
 def test_a_base_url_that_is_none_is_refused(url):
-    with pytest.raises(BadInput, match=r"--base-url .*give a proxy's"):
+    with pytest.raises(BadInput, match=f"^{url}: give a proxy's base URL"):
         split_url(url)
 
 

@@ -11,7 +11,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from proxy.config import Config
 from proxy.openapi import document
+from proxy.server import Proxy
 from tests.conftest import proxy_to
 from tests.stub import MODEL, Running, Stub
 
@@ -24,11 +26,16 @@ CHECKS = [
 
 
 def served():
-    """The document, of a proxy that serves the stub: else nearly all that is tried would end at a wrong model."""
+    """The document, of a proxy that serves the stub and writes the run `r`: else nearly all that is tried would end at
+    a wrong model, or at a run that is not open.
+    """
     found = document()
     for path in ("/v1/chat/completions", "/v1/completions"):
         body = found["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         body["properties"]["model"] = {"enum": [MODEL]}
+    for path in ("/tautap/runs/{run}/seal", "/tautap/runs/{run}/link"):
+        run, *whose = found["paths"][path]["parameters"]
+        found["paths"][path]["parameters"] = [run | {"schema": {"enum": ["r"]}}, *whose]
     return found
 
 
@@ -44,6 +51,13 @@ def url(tmp_path_factory):
 
 def test_the_document_is_served_as_it_is(url):
     assert httpx.get(f"{url}/openapi.json").json() == document()
+
+
+def test_every_route_of_the_proxys_own_is_in_the_document(tmp_path):
+    """But the document itself. What is not the proxy's own is the worker's to document."""
+    routes = Proxy(Config(("http://127.0.0.1:1",), data=tmp_path, run="r")).app().router.routes()
+    known = {route.resource.canonical for route in routes} - {"/{path}", "/openapi.json"}
+    assert known <= document()["paths"].keys()
 
 
 @schema.parametrize()

@@ -6,6 +6,7 @@ from logging.config import dictConfig
 import msgspec
 import pytest
 
+from worker.__main__ import plan
 from worker.launch import LIMIT, Reasons, explained, in_a_line, reason_file
 
 
@@ -66,3 +67,11 @@ def test_a_known_reason_comes_with_advice_and_stays_readable(reason, says):
 def test_all_processes_of_a_server_agree_where_the_reason_is():
     config = msgspec.json.encode({"tautap": {"spool_dir": "/spool"}}).decode()
     assert str(reason_file(["x", "--additional-config", config])) == "/spool/.reason"
+
+
+@pytest.mark.parametrize("flag", ["--spool-bytes", "--buffer-bytes"])
+@pytest.mark.parametrize("size", ["-5", "0", "-1G", "", "G"])
+def test_a_size_below_one_byte_is_refused(flag, size, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        plan([f"{flag}={size}"], {})
+    assert f"{size!r}: give bytes, at least 1" in capsys.readouterr().err
