@@ -151,7 +151,7 @@ class History:
                 kept += [Kept(sequence.choice, start, stop) for start, stop in ranges]
             yield kept
         except BaseException:
-            for sequence in stored:
+            for sequence in reversed(stored):  # the last first, whose owner is the last
                 self._stored(call, sequence).forget(Owner(call.id, sequence.choice), sequence.tokens)
             raise
 

@@ -94,6 +94,8 @@ class Rows:
         numbers = [number for number, known in enumerate(self._owners) if known == owner]
         for node in self._path(tokens, grow=True):
             node.owners[np.isin(node.owners, numbers)] = NOBODY
+        while self._owners and self._owners[-1] == owner:  # one that is tried again and again would pile up
+            self._owners.pop()
 
     def spans(self, tokens: Tokens) -> list[Span]:
         """Who stored the rows of these tokens: spans that cover positions 0 to len(tokens) in order."""

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -41,7 +42,8 @@ def read_run(layout: Layout) -> Run:
         fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
         if fields.get("format") != FORMAT:
             raise WrongFormat(f"{layout.root} has format {fields.get('format')!r}: this release reads format {FORMAT}")
-        return msgspec.convert(fields, Run)
+        place = f"{zlib.crc32(os.fsencode(layout.root.resolve())):08x}"
+        return msgspec.convert(fields | {"place": place}, Run)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{layout.run}: {error}") from None
 
@@ -125,7 +127,8 @@ class Store:
 
     def _write(self, run: Run) -> None:
         with whole(self.layout.run) as draft:
-            draft.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
+            text = msgspec.json.encode(msgspec.structs.replace(run, place=msgspec.UNSET))
+            draft.write_bytes(msgspec.json.format(text, indent=2))
 
     def begin(self, calls: Iterable[Call]) -> None:
         """Note that calls have begun, on any thread: they are known of now, whatever becomes of this process."""

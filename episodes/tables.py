@@ -32,7 +32,8 @@
     n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's,
                                                  as far as that is known
     n_incomplete                                 its calls, without backfills, that lack rows: n_missing not 0, or null
-    started ended shard n_bytes                  shard: its path in the run, null if it has none
+    started ended                                null where nothing but backfills can be read any more
+    shard n_bytes                                shard: its path in the run, null if it has none
 
 The file metadata `journal_bytes` says how much of the journal a table stands for, `journal_crc32` what the last of it
 is (`journal.end`). Who reads a run need not read that part of the journal, but for the lines of calls that are asked
@@ -378,7 +379,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     n_turns: int = 0
     started: float = math.inf
-    ended: float = 0.0
+    ended: float = -math.inf
 
     def add(self, call: Call, row: dict[str, Any]) -> None:
         self.calls[call.id] = None
@@ -453,4 +454,4 @@ def _call_row(history: History, call: Call) -> dict[str, Any]:
 
 
 def _us(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1e6)
+    return None if seconds is None or not math.isfinite(seconds) else round(seconds * 1e6)

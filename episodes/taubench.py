@@ -23,7 +23,7 @@ from episodes.errors import BadInput
 from episodes.history import Episode, History
 from episodes.matching import match, ties
 from episodes.messages import JSON, chat, first_call, parse_object, prefix_digests, reply_messages, text_of
-from episodes.records import Call, Link
+from episodes.records import Call, Count, Link
 
 USER = "You are a user interacting with an agent."
 INSTRUCTION = "\n\nInstruction: "
@@ -182,7 +182,7 @@ class Result(msgspec.Struct, frozen=True, eq=False):
     reward: float
     info: JSON
     traj: list[JSON]
-    trial: int
+    trial: Count  # the index has no room for a larger one
     source: str = ""
 
     @property
@@ -347,7 +347,7 @@ def find_links(
     envs = {result.source: attempt.env for result, attempt in pairs.items() if attempt.env}
     tied = _tied(fitting, pairs)
     links = [
-        _link(result, attempt, by[result], env or envs.get(result.source), split, tied[result])
+        _link(result, attempt, by[result], envs.get(result.source) or env, split, tied[result])
         for result, attempt in pairs.items()
     ]
     linked = {link.episode for link in links} | {a.episode.id for a in known if a.episode.link is not None}

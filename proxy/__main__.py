@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -100,7 +101,9 @@ def proxy_options(command: Callable[..., Any]) -> Callable[..., Any]:
         command,
         [
             click.option("--data", type=click.Path(path_type=Path), default=Path("data"), help="Directory of runs."),
-            click.option("--run", default=None, help="Run to record into.  [default: run-<date>-<time>]"),
+            click.option(
+                "--run", default=None, help="Run to record into.  [default: run-<date>-<time>-<4 hex digits>]"
+            ),
             click.option("--host", default="127.0.0.1", help="Address to listen on; beyond loopback only with keys."),
             click.option("--port", default=8000, type=click.IntRange(1, 65535), help="Port to listen on."),
             click.option(
@@ -346,7 +349,8 @@ def settle(backends: Sequence[str], options: dict[str, Any]) -> Config:
             raise BadInput(f"--alias {pair!r}: give NAME=SERVED, such as gpt-4o=Qwen/Qwen3-8B")
         aliases[name] = served
     capture = dict(_captured(pair) for pair in options.pop("capture"))
-    run = check_name("run", options.pop("run") or time.strftime("run-%Y%m%d-%H%M%S"))
+    # Two that start in one second, at a proxy that runs, would else share a run.
+    run = check_name("run", options.pop("run") or f"{time.strftime('run-%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}")
     options["host"] = options["host"].strip("[]")  # as a URL has it
     keys = Keys(options.pop("keys"))
     if not (keys or loopback(options["host"])):

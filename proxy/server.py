@@ -23,7 +23,8 @@ import msgspec
 from aiohttp import web
 
 from episodes import messages
-from episodes.errors import BadInput, RunLocked, WorkerFailed
+from episodes.cast import WARMUPS
+from episodes.errors import BadInput, BadName, RunLocked, WorkerFailed
 from episodes.layout import Layout, check_name
 from episodes.messages import JSON
 from episodes.records import Role
@@ -136,6 +137,8 @@ class Proxy:
         episode = asked.episode or request.headers.get("X-Episode-Id")
         if episode is not None:
             check_name("episode", episode)
+            if episode == WARMUPS:
+                raise BadName(f"episode {episode!r}: kept for calls before there is a task: give any other name")
         recording = await self._recorder.run(asked.run)
         watch = Watch()
         await recording.room()

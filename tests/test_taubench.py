@@ -328,7 +328,13 @@ def test_a_run_that_is_being_written_is_not_linked(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{}", "Expected `array`"), ('[{"task_id": 1}]', "missing required field"), ("no", "truncated"), (None, "read")],
+    [
+        ("{}", "Expected `array`"),
+        ('[{"task_id": 1}]', "missing required field"),
+        ('[{"task_id": 1, "reward": 1, "info": {}, "traj": [], "trial": 2147483648}]', r"at `\$\[0\].trial`"),
+        ("no", "truncated"),
+        (None, "read"),
+    ],
 )
 def test_a_file_that_is_no_results_file_is_refused(content, says, tmp_path):
     path = tmp_path / "results.json"
@@ -404,6 +410,15 @@ def test_what_fits_nothing_is_listed(tmp_path):
     found = find_links(run.history, [result("Hi", "a"), result("Hi", "c", 5)])
     assert [link.episode for link in found.links] == ["t-c0"]
     assert ([r.task_id for r in found.results], found.episodes) == ([5], ["t-c1"])
+
+
+@pytest.mark.parametrize(("policy", "env"), [(POLICY, "airline"), ("Help with orders.", "retail")])
+def test_the_environment_is_the_one_that_was_given_where_the_conversations_do_not_tell_it(
+    tmp_path, monkeypatch, policy, env
+):
+    monkeypatch.setitem(globals(), "POLICY", policy)
+    run = recorded(tmp_path, ("Hi", "a"))
+    assert [link.env for link in find_links(run.history, [result("Hi", "a")], env="retail").links] == [env]
 
 
 def test_an_instruction_that_is_no_text_is_none(tmp_path):

@@ -191,6 +191,25 @@ def test_a_claim_whose_line_the_disk_does_not_take_is_there_to_be_tried_again(tm
     assert np.array_equal(run.call("c1").activations(POINTS[0]), expected([1, 2, 3], POINTS[0]))
 
 
+def test_a_call_that_the_disk_does_not_take_for_long_takes_no_more_memory_each_time(tmp_path, monkeypatch):
+    """A proxy tries it again every second."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = Writer(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("episodes.journal.Journal.append", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.commit("c1", [1, 2, 3], [4, 5], choices=2)
+        for _ in range(3):
+            with pytest.raises(OSError, match="No space left"):
+                writer.store.commit(writer.call("c1"), writer.store.draft("c1"))
+    (rows,) = writer.store.history.rows.values()
+    assert rows._owners == []
+    writer.close()
+
+
 def test_a_call_is_read_back_stitched_live_and_sealed_and_after_a_restart(tmp_path):
     """The same arrays come out wherever the rows lie: all live, one episode sealed, all sealed."""
     writer = Writer(tmp_path)

@@ -175,6 +175,16 @@ def test_calls_that_lack_rows_are_counted(tmp_path, rolled):
     assert [line[:at].split()[-1] for line in lines if line.split()[0] in ("e", "f", "all")] == ["1", "1", "2"]
 
 
+def test_an_episode_that_has_nothing_but_backfills_left_is_listed_without_times(tmp_path):
+    """As where the line of its only call is damaged."""
+    writer = Writer(tmp_path)
+    writer.store.commit(msgspec.structs.replace(writer.call("c1", points=[]), role="backfill"))
+    writer.close()
+    assert invoke("episodes", writer.layout.root).exit_code == invoke("seal", writer.layout.root).exit_code == 0
+    rows = open_run(writer.layout.root).episodes.select(["status", "n_calls", "started", "ended"]).to_pylist()
+    assert rows == [{"status": "sealed", "n_calls": 0, "started": None, "ended": None}]
+
+
 @pytest.mark.parametrize("column", CALLS.names)
 def test_a_damaged_index_is_told_and_written_anew(tmp_path, column):
     """In whatever column it is; a reader that needs the column to find a call goes by the journal."""

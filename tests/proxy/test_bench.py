@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import venv
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,8 @@ import pytest
 from episodes.run import open_run
 from episodes.tables import Totals
 from episodes.taubench import Score, pass_hat
+from proxy.__main__ import proxy as command
+from proxy.__main__ import settle
 from proxy.bench import Eval, _lines
 from proxy.flags import parse
 from tests.conftest import free_port, until
@@ -203,6 +206,16 @@ def test_a_proxy_that_runs_already_is_used(proxy, checkout, tmp_path, monkeypatc
     assert rewards(run) == {(1, 0): 0.0, (2, 0): 1.0}
     assert {e.status for e in run.history.episodes.values()} == {"sealed"}
     assert len(results(tmp_path / "results" / "elsewhere")) == 2
+
+
+def test_benchmarks_that_start_in_one_second_get_runs_of_their_own(monkeypatch):
+    """Unless they are named: at a proxy that runs already they would share results too."""
+    monkeypatch.setattr(time, "strftime", lambda form: form.replace("%", ""))
+    named = []
+    for _ in range(2):
+        options = command.make_context("proxy", ["--backend", "http://x"]).params
+        named.append(settle(options.pop("backends"), options).run)
+    assert named[0] != named[1] and {name[:-5] for name in named} == {"run-Ymd-HMS"}
 
 
 def test_the_summary_says_what_had_not_come_by_then(tmp_path):

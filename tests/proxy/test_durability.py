@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,12 +96,26 @@ def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, t
         converse(proxy.client(), "talk", 1)
     run = proxy.open()
     (recorded,) = run.history.calls
-    for call, salt in ((recorded, f"{run.about.run}/{run.about.created!r}/before.0"), ("somebody-elses", "s")):
+    for call, salt in ((recorded, f"{run.about.family}before.0"), ("somebody-elses", "s")):
         body = {"model": MODEL, "messages": [user("Hi")]}
         http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: Capture(call, salt).header()})
     assert waiting(stub, http) == {recorded, "somebody-elses"}
     with proxy_to(stub.url, tmp_path):
         until(lambda: waiting(stub, http) == {"somebody-elses"}, "the recorded call to be forgotten")
+
+
+def test_a_copy_of_a_run_has_a_worker_forget_nothing_of_the_first(stub, tmp_path, monkeypatch):
+    with proxy_to(stub.url, tmp_path) as proxy:
+        converse(proxy.client(), "before the copy", 1)
+    shutil.copytree(tmp_path / "r", tmp_path / "copy")
+    slowly(monkeypatch, (Backend, "claim"), 1)
+    with proxy_to(stub.url, tmp_path) as proxy:
+        converse(proxy.client(), "of the first", 1)
+        converse(proxy.client("/runs/copy/v1"), "of the copy", 1)
+    for name in ("r", "copy"):
+        run = open_run(tmp_path / name)
+        assert [call.lost for call in run.history.calls.values()] == [None, None]
+        check_rows(run)
 
 
 def test_a_worker_is_not_told_to_forget_what_is_being_claimed_for_a_proxy_that_died(

@@ -305,6 +305,14 @@ def test_an_episode_that_a_header_names_is_a_plain_name(stub, proxy, http, name)
     assert reply.status_code == 400 and "episode " in reply.json()["error"]["message"] and not stub.stub.bodies
 
 
+@pytest.mark.parametrize(("path", "headers"), [("/v1", {"X-Episode-Id": "warmups"}), ("/episodes/warmups/v1", {})])
+def test_an_episode_is_not_named_as_the_calls_before_there_is_a_task_are(stub, proxy, http, path, headers):
+    """Those are neither counted nor linked."""
+    body = {"model": MODEL, "messages": [user("Hi")]}
+    reply = http.post(f"{proxy.url}{path}/chat/completions", json=body, headers=headers)
+    assert reply.status_code == 400 and "any other name" in reply.json()["error"]["message"] and not stub.stub.bodies
+
+
 # ---- when things go wrong
 
 
