@@ -61,7 +61,7 @@ class Model(msgspec.Struct, frozen=True):
 class Run(msgspec.Struct, frozen=True):
     """`run.json`. recorded: the model, None until a worker was heard of. created: unix seconds.
 
-    compression: of the vectors in shards, `zstd` or `none`. place: stands for where it lies, which is not written down.
+    compression: of the vectors in shards, `zstd` or `none`.
     """
 
     format: int
@@ -69,12 +69,6 @@ class Run(msgspec.Struct, frozen=True):
     created: float
     recorded: Model | None = None
     compression: Literal["zstd", "none"] = "zstd"
-    place: str | msgspec.UnsetType = msgspec.UNSET
-
-    @property
-    def family(self) -> str:
-        """What the salts of its captures begin with, and those of no other run's, its copies' neither."""
-        return f"{self.run}/{self.created!r}/{self.place}/"
 
 
 Role = Literal["agent", "user", "supervisor", "warmup"]

@@ -42,10 +42,14 @@ def read_run(layout: Layout) -> Run:
         fields: dict[str, Any] = msgspec.json.decode(layout.run.read_bytes(), type=dict[str, Any])
         if fields.get("format") != FORMAT:
             raise WrongFormat(f"{layout.root} has format {fields.get('format')!r}: this release reads format {FORMAT}")
-        place = f"{zlib.crc32(os.fsencode(layout.root.resolve())):08x}"
-        return msgspec.convert(fields | {"place": place}, Run)
+        return msgspec.convert(fields, Run)
     except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{layout.run}: {error}") from None
+
+
+def family(layout: Layout, run: Run) -> str:
+    """What the salts of a run's captures begin with, and those of no other run's, not of a copy's either."""
+    return f"{run.run}/{run.created!r}/{zlib.crc32(os.fsencode(layout.root.resolve())):08x}/"
 
 
 def check_journal(layout: Layout) -> None:
@@ -127,8 +131,7 @@ class Store:
 
     def _write(self, run: Run) -> None:
         with whole(self.layout.run) as draft:
-            text = msgspec.json.encode(msgspec.structs.replace(run, place=msgspec.UNSET))
-            draft.write_bytes(msgspec.json.format(text, indent=2))
+            draft.write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=2))
 
     def begin(self, calls: Iterable[Call]) -> None:
         """Note that calls have begun, on any thread: they are known of now, whatever becomes of this process."""

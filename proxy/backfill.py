@@ -19,7 +19,7 @@ from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
 from episodes.recovery import STOPPED
-from episodes.store import Store
+from episodes.store import Store, family
 from episodes.taubench import DIALECT
 from episodes.wire import Capture
 from proxy.config import Config
@@ -111,7 +111,7 @@ async def backfill(layout: Layout, config: Config) -> Filled:
             try:
                 await on_disk(store.describe, model)
                 await _finish_left(store, workers, on_disk, config.min_free_bytes)
-                done = await Backfill(store, workers, on_disk, store.run.family).fill(store.calls())
+                done = await Backfill(store, workers, on_disk, family(layout, store.run)).fill(store.calls())
                 await on_disk(store.finish, DIALECT)
             finally:
                 await on_disk(store.close)

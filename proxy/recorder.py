@@ -30,7 +30,7 @@ from episodes.messages import JSON
 from episodes.outline import Outline
 from episodes.records import Call, Model
 from episodes.recovery import STOPPED as LEFT
-from episodes.store import Store
+from episodes.store import Store, family
 from episodes.tables import Totals, totals
 from episodes.taubench import DIALECT, Links, Result, find_links
 from episodes.threads import Place
@@ -137,7 +137,7 @@ class Recording:
         self._plain = Together(store.append, self._disk)
         self._notes = Notes(store)
         # Nothing that an earlier process had cached is relied upon: its rows may not have been stored.
-        self._family = store.run.family
+        self._family = family(store.layout, store.run)
         self._start = f"{self._family}{uuid.uuid4().hex[:8]}."
         self._n_lost = 0
         self._backfill: Backfill | None = None

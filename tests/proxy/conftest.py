@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from episodes.store import Store
+from episodes.store import Store, family
 from episodes.wire import CAPTURE_HEADER, Capture
 from tests.conftest import proxy_to
 from tests.proxy.test_server import converse, user
@@ -17,7 +17,7 @@ def left_behind(stub, tmp_path, http):
         converse(proxy.client(), "talk", 1)
     run = proxy.open()
     (call,) = run.history.calls.values()
-    capture = Capture("c-left", f"{run.about.family}before.0")
+    capture = Capture("c-left", f"{family(run.layout, run.about)}before.0")
     body = {"model": MODEL, "messages": [user("Hi")]}
     http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: capture.header()})
     store = Store(run.layout)

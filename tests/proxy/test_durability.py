@@ -14,7 +14,7 @@ import pytest
 
 from episodes.errors import WorkerFailed, WrongModel
 from episodes.run import open_run
-from episodes.store import Store
+from episodes.store import Store, family
 from episodes.verify import problems
 from episodes.wire import CAPTURE_HEADER, Capture
 from proxy.backend import Backend
@@ -96,7 +96,7 @@ def test_a_worker_that_still_holds_what_is_recorded_is_told_to_forget_it(stub, t
         converse(proxy.client(), "talk", 1)
     run = proxy.open()
     (recorded,) = run.history.calls
-    for call, salt in ((recorded, f"{run.about.family}before.0"), ("somebody-elses", "s")):
+    for call, salt in ((recorded, f"{family(run.layout, run.about)}before.0"), ("somebody-elses", "s")):
         body = {"model": MODEL, "messages": [user("Hi")]}
         http.post(f"{stub.url}/v1/chat/completions", json=body, headers={CAPTURE_HEADER: Capture(call, salt).header()})
     assert waiting(stub, http) == {recorded, "somebody-elses"}
