@@ -417,6 +417,22 @@ def test_a_stream_that_says_that_it_failed_is_recorded_as_failed(stub, proxy, ht
     assert len({call.thread for call in calls}) == 1
 
 
+@pytest.mark.parametrize("kind", ["NaN", "byte order mark", "lone surrogate"])
+def test_a_body_that_a_worker_reads_and_we_do_not_is_a_call_that_lost_its_rows(proxy, http, kind):
+    """Python's JSON takes more than JSON is; what it does not take either has lost nothing."""
+    said = {"model": MODEL, "messages": [user("\ud800" if kind == "lone surrogate" else "Hi")]}
+    text = json.dumps(said | ({"extra": float("nan")} if kind == "NaN" else {}))
+    body = text.encode("utf-8-sig" if kind == "byte order mark" else "utf-8")
+    headers = {"Content-Type": "application/json"}
+    replies = [http.post(f"{proxy.url}/v1/chat/completions", content=b, headers=headers) for b in (body, body[:-1])]
+    assert [reply.status_code for reply in replies] == [200, 400]
+    run = committed(proxy, 2)
+    read, refused = sorted(run.history.calls.values(), key=lambda call: call.started)
+    assert "no captured call has this id" in read.lost and refused.lost is None
+    assert run.episodes["n_incomplete"].to_pylist() == [1, 0]
+    assert [problem for problem in problems(run) if read.id in problem]
+
+
 def test_activations_that_are_lost_are_journalled_with_the_reason(stub, proxy):
     """The client is not disturbed, and what the lost call computed is computed again for the next."""
     stub.stub.engine.fail_captures = "the spool is full"
