@@ -289,6 +289,20 @@ def test_episodes_and_runs_can_be_named(proxy, http):
         check_rows(run)
 
 
+@pytest.mark.parametrize(("path", "n_turns"), [("/episodes/named/v1", [3]), ("/v1", [2, 1])])
+def test_a_conversation_that_goes_on_after_a_seal_is_of_the_same_episode_if_it_is_named(proxy, http, path, n_turns):
+    """Which is sealed again, whole; else of another."""
+    said = converse(proxy.client(path), "paused", 2)
+    assert http.post(f"{proxy.url}/tautap/runs/r/seal").json()["n_waiting"] == 0
+    assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+    proxy.client(path).chat.completions.create(model=MODEL, messages=[*said, user("Still there?")])
+    proxy.stop()
+    run = proxy.open()
+    assert [(e["n_turns"], e["status"]) for e in run.episodes.to_pylist()] == [(n, "sealed") for n in n_turns]
+    assert len({call.thread for call in run.history.calls.values()}) == 2
+    check_rows(run)
+
+
 @pytest.mark.parametrize("path", ["/runs/..%2Fx/v1", "/episodes/.hidden/v1", "/runs/a%00b/v1", "/episodes/a%20b/v1"])
 def test_a_name_cannot_leave_the_data_directory(proxy, http, path):
     body = {"model": MODEL, "messages": [user("Hi")]}
