@@ -27,7 +27,8 @@
     linked_by link_tied                          `transcript`, `instruction` or `order`, the weakest; other episodes
                                                  that the result fits as well
     agent_thread user_thread threads tied        tied: other threads that could stand in it as well
-    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the agent's;
+    n_calls n_turns n_prompt n_completion        of its calls, without backfills; n_turns: the agent's,
+                                                 of all its threads if there are more than one;
                                                  tokens: as far as they are known
     n_rows n_shared n_missing                    rows it stores; positions whose row is another call's; or nobody's,
                                                  as far as that is known
@@ -371,13 +372,13 @@ def totals(layout: Layout) -> Totals:
 
 @dataclass
 class Tally:
-    """An episode's row while its calls go by."""
+    """An episode's row while its calls go by. turns: of the agent's threads."""
 
     episode: Episode
     calls: dict[str, None] = field(default_factory=dict)
     threads: dict[str, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
-    n_turns: int = 0
+    turns: dict[str, int] = field(default_factory=dict)
     started: float = math.inf
     ended: float = -math.inf
 
@@ -388,7 +389,7 @@ class Tally:
             return
         self.threads[call.thread] = call.role
         if call.role == "agent":
-            self.n_turns = max(self.n_turns, call.turn + 1)
+            self.turns[call.thread] = max(self.turns.get(call.thread, 0), call.turn + 1)
         self.started, self.ended = min(self.started, call.started), max(self.ended, call.ended)
         self.counts.update({name: row[name] or 0 for name in ("n_prompt", "n_completion", "n_rows", "n_missing")})
         self.counts["n_calls"] += 1
@@ -407,7 +408,7 @@ class Tally:
             "user_thread": self._thread("user"),
             "threads": list(self.threads),
             "n_calls": self.counts["n_calls"],
-            "n_turns": self.n_turns,
+            "n_turns": sum(self.turns.values()),
             "n_prompt": counts["n_prompt"],
             "n_completion": counts["n_completion"],
             "n_rows": counts["n_rows"],

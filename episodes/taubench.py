@@ -276,9 +276,10 @@ def _attempt(history: History, episode: Episode) -> Attempt:
 
 
 def _last_turn(episode: Episode, role: str) -> list[Call]:
+    """The calls of the turn that began last. A conversation that went on after a seal has another thread since."""
     calls = [call for call in episode.calls if call.role == role]
-    last = max((call.turn for call in calls), default=0)
-    return [call for call in calls if call.turn == last]
+    turns = [(call.thread, call.turn) for call in sorted(calls, key=lambda call: call.started)]
+    return [call for call in calls if (call.thread, call.turn) == turns[-1]]
 
 
 def _exchange(call: Call) -> tuple[list[JSON], list[JSON]]:

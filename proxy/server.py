@@ -170,7 +170,8 @@ class Proxy:
         call = f"c-{secrets.token_hex(8)}"
         said = messages.chat(fields)
         part = recording.part(said)
-        capture = None if fields is None else self._capture(call, recording.salt, fields, part.role)
+        # Also where we cannot read it: if the worker can and answers, its rows are lost, and that has to be said.
+        capture = self._capture(call, recording.salt, fields or {}, part.role)
         request_id = given_id(request)
         if not request_id:
             request[ID] = call

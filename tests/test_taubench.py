@@ -291,9 +291,12 @@ def test_episodes_are_counted_as_the_tables_have_them(play, tmp_path):
             assert metered("episodes_live") == 1
             assert seal()["n_episodes"] == metered("episodes_sealed_total") == n_episodes
     run = open_run(tmp_path / "data" / "r")
-    turns = {name: [call.turn for call in e.calls if call.role == "agent"] for name, e in run.history.episodes.items()}
+    turns = {
+        name: {(call.thread, call.turn) for call in episode.calls if call.role == "agent"}
+        for name, episode in run.history.episodes.items()
+    }
     found = {row["episode"]: row["n_turns"] for row in run.episodes.to_pylist()}
-    assert found == {name: max(of, default=-1) + 1 for name, of in turns.items()}
+    assert found == {name: len(of) for name, of in turns.items()} and found["named"] == 2
 
 
 def test_what_a_killed_proxy_left_is_paired_and_linked(play, tmp_path):
@@ -372,6 +375,24 @@ def result(said, reply, task_id=0, trial=0, source="a.json", instruction=None):
     messages = [{"role": role, "content": text} for role, text in traj]
     info = {"task": {"instruction": instruction}} if instruction else {}
     return Result(task_id, 1.0, info, messages, trial, source)
+
+
+def test_a_conversation_that_went_on_in_another_thread_is_found_by_how_it_ended(tmp_path):
+    """As one of an episode that the client named does when that was sealed meanwhile."""
+    run = recorded(tmp_path, ("Hi", "a"))
+    (first,) = run.history.calls.values()
+    later = msgspec.structs.replace(first, id="later", thread="t-later", started=1.0, turn=0)
+    chat = json.loads(first.request)["messages"] + [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
+    store = Store(run.layout)
+    store.commit(msgspec.structs.replace(first, id="second", turn=1, started=0.5))
+    store.commit(msgspec.structs.replace(later, request=json.dumps({"messages": chat})))
+    store.close()
+    told = msgspec.structs.replace(result("Hi", "a"), traj=[*chat, {"role": "assistant", "content": "a"}, HI])
+    (found,) = find_links(open_run(run.layout.root).history, [told]).links
+    assert (found.episode, found.by) == (first.episode, "transcript")
 
 
 def test_trials_that_went_the_same_way_are_told_apart_by_their_order_and_no_tie(tmp_path):

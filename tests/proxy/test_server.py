@@ -289,6 +289,20 @@ def test_episodes_and_runs_can_be_named(proxy, http):
         check_rows(run)
 
 
+@pytest.mark.parametrize(("path", "n_turns"), [("/episodes/named/v1", [3]), ("/v1", [2, 1])])
+def test_a_conversation_that_goes_on_after_a_seal_is_of_the_same_episode_if_it_is_named(proxy, http, path, n_turns):
+    """Which is sealed again, whole; else of another."""
+    said = converse(proxy.client(path), "paused", 2)
+    assert http.post(f"{proxy.url}/tautap/runs/r/seal").json()["n_waiting"] == 0
+    assert [e.status for e in proxy.open().history.episodes.values()] == ["sealed"]
+    proxy.client(path).chat.completions.create(model=MODEL, messages=[*said, user("Still there?")])
+    proxy.stop()
+    run = proxy.open()
+    assert [(e["n_turns"], e["status"]) for e in run.episodes.to_pylist()] == [(n, "sealed") for n in n_turns]
+    assert len({call.thread for call in run.history.calls.values()}) == 2
+    check_rows(run)
+
+
 @pytest.mark.parametrize("path", ["/runs/..%2Fx/v1", "/episodes/.hidden/v1", "/runs/a%00b/v1", "/episodes/a%20b/v1"])
 def test_a_name_cannot_leave_the_data_directory(proxy, http, path):
     body = {"model": MODEL, "messages": [user("Hi")]}
@@ -415,6 +429,22 @@ def test_a_stream_that_says_that_it_failed_is_recorded_as_failed(stub, proxy, ht
     assert [call.error for call in calls] == ["the worker failed: told to fail", None]
     assert [(call.turn, call.attempt) for call in calls] == [(0, 0), (0, 1)]
     assert len({call.thread for call in calls}) == 1
+
+
+@pytest.mark.parametrize("kind", ["NaN", "byte order mark", "lone surrogate"])
+def test_a_body_that_a_worker_reads_and_we_do_not_is_a_call_that_lost_its_rows(proxy, http, kind):
+    """Python's JSON takes more than JSON is; what it does not take either has lost nothing."""
+    said = {"model": MODEL, "messages": [user("\ud800" if kind == "lone surrogate" else "Hi")]}
+    text = json.dumps(said | ({"extra": float("nan")} if kind == "NaN" else {}))
+    body = text.encode("utf-8-sig" if kind == "byte order mark" else "utf-8")
+    headers = {"Content-Type": "application/json"}
+    replies = [http.post(f"{proxy.url}/v1/chat/completions", content=b, headers=headers) for b in (body, body[:-1])]
+    assert [reply.status_code for reply in replies] == [200, 400]
+    run = committed(proxy, 2)
+    read, refused = sorted(run.history.calls.values(), key=lambda call: call.started)
+    assert "no captured call has this id" in read.lost and refused.lost is None
+    assert run.episodes["n_incomplete"].to_pylist() == [1, 0]
+    assert [problem for problem in problems(run) if read.id in problem]
 
 
 def test_activations_that_are_lost_are_journalled_with_the_reason(stub, proxy):
