@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test faults compose-check containers lint setup
+.PHONY: demo test tests-of-the-engine other-tests faults compose-check containers lint setup
 setup: $(VENV)/ready
 
 # vLLM's CPU build wants the CPU build of torch. torchvision and its kind come with it as CUDA builds that cannot load
@@ -44,8 +44,16 @@ compose-check: setup $(BIN)/docker-compose
 containers: setup $(BIN)/docker-compose
 	PYTHONPATH=benchmarks $(BIN)/python -m tests.containers
 
+# The tests that start vLLM, which keeps one core of two busy for most of the time, and all others beside them.
 test: setup $(VENV)/inspect/ready $(BIN)/docker-compose
-	$(BIN)/pytest
+	@echo "the tests of the engine and all others, side by side: each says at its end what it found"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target tests-of-the-engine other-tests
+
+tests-of-the-engine:
+	$(BIN)/pytest -m engine
+
+other-tests:
+	$(BIN)/pytest -m 'not engine'
 
 # Every fault of tests/faults so many times, those that end a real engine a tenth as often, and a tally of what became of
 # the calls; `make test` injects each once.
