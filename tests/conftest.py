@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -29,6 +31,18 @@ from tests.stub import Running, Stub
 
 # Before anything imports nnsight.
 os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
+
+_new_context, _known_context = ssl.create_default_context, functools.cache(ssl.create_default_context)
+
+
+def _context(purpose: ssl.Purpose = ssl.Purpose.SERVER_AUTH, **authorities: str) -> ssl.SSLContext:
+    """A context that trusts these authorities, made once: to read their file takes 50 ms, which every HTTP client would
+    spend. One without, as the proxy's own, into which a certificate is loaded, is a new one.
+    """
+    return (_known_context if authorities else _new_context)(purpose, **authorities)
+
+
+ssl.create_default_context = _context
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
