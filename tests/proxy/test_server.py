@@ -478,8 +478,9 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_before_the_engine_ran_its_call_has_lost_nothing(stub, proxy, http, stream):
+def test_a_client_that_leaves_before_the_engine_ran_its_call_has_lost_nothing(stub, proxy, http, monkeypatch, stream):
     """As one that waited too long in the worker's queue; of a stream it had the head already."""
+    monkeypatch.setattr("worker.ledger.ABORT_GRACE_S", 0.5)
     stub.stub.prompt_s = 0.1
     body = {"model": MODEL, "messages": [user("Hi")], "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
