@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import httpx
+import hypothesis
 import openai
 import pytest
 
@@ -32,6 +33,9 @@ from tests.stub import Running, Stub
 
 # Before anything imports nnsight.
 os.environ["NNSIGHT_CONFIG"] = str(Path(__file__).with_name("nnsight.yaml"))
+
+hypothesis.settings.register_profile("tautap", deadline=None)  # that a machine is busy is no failure
+hypothesis.settings.load_profile("tautap")
 
 _new_context, _known_context = ssl.create_default_context, functools.cache(ssl.create_default_context)
 

@@ -47,6 +47,6 @@ def test_the_document_is_served_as_it_is(url):
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_every_reply_is_one_that_was_promised(case, url):
     case.call_and_validate(base_url=url, checks=CHECKS)
