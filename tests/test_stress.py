@@ -186,7 +186,6 @@ class Mixture:
 # Not shrunk: the same calls run differently each time, and each try takes a while.
 @settings(
     max_examples=6,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],

@@ -84,7 +84,7 @@ SCRIPTS = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SCRIPTS, st.lists(st.integers(0, 99), max_size=200), st.lists(st.integers(0, 2), max_size=20))
 def test_threads_and_pairs_are_whole_conversations_however_they_interleave(scripts, order, failures):
     """Few words, few tasks, so that openings and whole conversations are the same; some calls fail and are repeated.

@@ -1,5 +1,6 @@
 """The proxy's own routes: what a run holds, sealing it, joining results to it."""
 
+import asyncio
 import threading
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from episodes.run import open_run
 from proxy.backend import Backend
 from proxy.recorder import Recording
-from tests.conftest import proxy_to, slowly, until
+from tests.conftest import proxy_to, until
 from tests.proxy.test_server import check_rows, committed, converse, user
 from tests.stub import HIDDEN, MODEL, POINTS
 
@@ -81,14 +82,25 @@ def test_sealing_waits_for_what_is_under_way(proxy, stub, http):
 
 def test_a_seal_says_what_it_did_not_wait_for(proxy, stub, http, monkeypatch):
     """A call whose rows do not come: the worker has died, or is slow."""
-    monkeypatch.setattr("proxy.recorder.SETTLE_S", 0.5)
+    come, claim, seal = threading.Event(), Backend.claim, Recording.seal
+
+    async def held(self, *args):
+        await asyncio.to_thread(come.wait, 20)
+        await claim(self, *args)
+
+    async def late(self, idle_s):
+        come.set()
+        await self._under_way.over()
+        await seal(self, idle_s)
+
+    monkeypatch.setattr("proxy.recorder.SETTLE_S", 0.2)
     converse(proxy.client(), "quick", 1)
     committed(proxy, 1)
-    slowly(monkeypatch, (Backend, "claim"), 3)
+    monkeypatch.setattr(Backend, "claim", held)
     converse(proxy.client(), "slow", 1)
     sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
     assert (sealed["n_calls"], sealed["n_waiting"]) == (1, 1)
-    slowly(monkeypatch, (Recording, "seal"), 4)  # the call is recorded meanwhile, and counted once
+    monkeypatch.setattr(Recording, "seal", late)  # the call is recorded meanwhile, and counted once
     sealed = http.post(f"{proxy.url}/tautap/runs/r/seal").json()
     assert (sealed["n_calls"], sealed["n_waiting"]) == (2, 0)
     committed(proxy, 2)

@@ -13,12 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from episodes.run import open_run
 from episodes.tables import Totals
 from episodes.taubench import Score, pass_hat
+from proxy.__main__ import cli, settle
 from proxy.__main__ import proxy as command
-from proxy.__main__ import settle
 from proxy.bench import Eval, _lines
 from proxy.flags import parse
 from tests.conftest import free_port, until
@@ -349,16 +350,27 @@ def test_a_worker_that_dies_ends_it_with_what_was_recorded(start, checkout, tmp_
 # ---- bad input
 
 
-def refused(done):
-    """What a command says that was refused before anything started."""
-    assert done.returncode == 2 and done.stdout == "", done
+def refused(*arguments):
+    """What `tautap bench` says that is refused before anything is started or asked."""
+    done = CliRunner().invoke(cli, ["bench", *map(str, arguments)])
+    return only_line(done.exit_code, done)
+
+
+def refused_by_what_answers(*arguments):
+    """The same once it has asked whether a proxy is there."""
+    done = bench(*arguments)
+    return only_line(done.returncode, done)
+
+
+def only_line(code, done):
+    assert code == 2 and done.stdout == "", done
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, lines
     return lines[0]
 
 
 def test_a_directory_that_is_no_tau_bench_is_refused(tmp_path):
-    said = refused(bench("--tau-bench", tmp_path))
+    said = refused("--tau-bench", tmp_path)
     assert said == (
         f"tautap bench: --tau-bench {tmp_path}: no tau_bench/run.py there; give a checkout of "
         "github.com/sierra-research/tau-bench"
@@ -366,13 +378,12 @@ def test_a_directory_that_is_no_tau_bench_is_refused(tmp_path):
 
 
 def test_no_tau_bench_at_all_is_refused():
-    assert "has no tau_bench: give --tau-bench DIR" in refused(bench())
+    assert "has no tau_bench: give --tau-bench DIR" in refused()
 
 
 def test_an_interpreter_that_is_none_is_refused(checkout):
-    assert "--python /nowhere/python does not run" in refused(
-        bench("--tau-bench", checkout, "--python", "/nowhere/python")
-    )
+    said = refused("--tau-bench", checkout, "--python", "/nowhere/python")
+    assert "--python /nowhere/python does not run" in said
 
 
 @pytest.mark.parametrize(("strategy", "names"), [("tool-calling", "litellm pydantic mcp"), ("act", "litellm pydantic")])
@@ -380,17 +391,18 @@ def test_packages_that_its_interpreter_lacks_are_named(checkout, strategy, names
     """The checkout's own .venv is its interpreter; mcp is needed by agents that send tools alone."""
     venv.create(checkout / ".venv", symlinks=True)
     python = checkout / ".venv" / "bin" / "python"
-    said = refused(bench("--tau-bench", checkout, "--", "--agent-strategy", strategy))
+    said = refused("--tau-bench", checkout, "--", "--agent-strategy", strategy)
     assert f"{python} -m pip install {names}, or" in said
 
 
 def test_a_flag_that_tau_bench_does_not_have_is_refused(checkout):
-    said = refused(bench("--tau-bench", checkout, "--python", sys.executable, "--", "--tasks", "1"))
+    said = refused("--tau-bench", checkout, "--python", sys.executable, "--", "--tasks", "1")
     assert "--tasks: tau-bench has no such flag; it takes --agent-strategy, --end-index" in said
 
 
 def test_a_model_that_is_not_served_is_refused(proxy, checkout):
-    said = refused(bench("--tau-bench", checkout, "--base-url", proxy.url, "--", "--user-model", "gpt-4o"))
+    ours = ["--tau-bench", checkout, "--base-url", proxy.url]
+    said = refused_by_what_answers(*ours, "--", "--user-model", "gpt-4o")
     assert f"--user-model gpt-4o: {proxy.url} serves {MODEL}: give one of these" in said
 
 
@@ -398,22 +410,22 @@ def test_a_base_url_where_no_proxy_is_is_refused(stub, checkout):
     """Nobody, and a server that is no proxy of ours."""
     nobody = f"http://127.0.0.1:{free_port()}"
     for url in (nobody, stub.url):
-        said = refused(bench("--tau-bench", checkout, "--base-url", url))
+        said = refused_by_what_answers("--tau-bench", checkout, "--base-url", url)
         assert f"is a proxy of tautap's running at {url}?" in said
 
 
-def test_a_run_that_cannot_be_written_is_refused(proxy, checkout):
-    done = bench("--tau-bench", checkout, "--base-url", f"{proxy.url}/runs/.x/v1")
-    assert "run '.x': use letters" in refused(done)
+def test_a_run_that_cannot_be_written_is_refused(checkout):
+    said = refused("--tau-bench", checkout, "--base-url", "http://127.0.0.1:9/runs/.x/v1")
+    assert "run '.x': use letters" in said
 
 
-def test_what_starts_a_stack_is_refused_where_one_runs(proxy, checkout):
-    done = bench("--tau-bench", checkout, "--base-url", proxy.url, "--port", "9000", "a-model")
-    assert "--port a-model: not with --base-url" in refused(done)
+def test_what_starts_a_stack_is_refused_where_one_runs(checkout):
+    said = refused("--tau-bench", checkout, "--base-url", "http://127.0.0.1:9", "--port", "9000", "a-model")
+    assert "--port a-model: not with --base-url" in said
 
 
 def test_a_matrix_that_is_not_there_is_refused(checkout, tmp_path):
-    assert "--matrix" in refused(bench("--tau-bench", checkout, "--matrix", tmp_path / "none.toml"))
+    assert "--matrix" in refused("--tau-bench", checkout, "--matrix", tmp_path / "none.toml")
 
 
 # ---- numbers

@@ -61,6 +61,6 @@ def test_every_route_of_the_proxys_own_is_in_the_document(tmp_path):
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_every_reply_is_one_that_was_promised(case, url):
     case.call_and_validate(base_url=url, checks=CHECKS)

@@ -49,7 +49,7 @@ def watched(tmp_path_factory):
         yield proxy, worker
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(PATHS)
 @example("/v1/x/%2e%2e/activations/c-1")
 @example("/v1/x/..%2factivations/c-1")
@@ -75,7 +75,7 @@ NAMES = st.text(max_size=20) | st.lists(st.sampled_from(["..", ".", "/", "\\", "
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAMES, st.sampled_from(["run", "episode", "header", "admin"]))
 @example("../../out", "run")
 @example("..", "admin")

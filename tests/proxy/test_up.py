@@ -106,10 +106,9 @@ def test_a_worker_that_runs_already_is_not_taken_for_ours(start, stub, tmp_path)
     assert process.returncode == 2 and "something else answers" in output
 
 
-def test_an_alias_that_is_none_is_refused(start):
-    process, _, _ = start("--alias", "gpt-4o")
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 2 and "NAME=SERVED" in output
+def test_an_alias_that_is_none_is_refused():
+    done = CliRunner().invoke(cli, ["up", "--alias", "gpt-4o"])
+    assert done.exit_code == 2 and "NAME=SERVED" in done.stderr
 
 
 def test_a_run_that_cannot_be_named_so_is_refused_before_anything_is_written(tmp_path):

@@ -14,10 +14,12 @@ import httpx
 import msgspec
 import openai
 import pytest
+from click.testing import CliRunner
 
 from episodes.errors import WrongModel
 from episodes.verify import problems
 from proxy import workers
+from proxy.__main__ import cli
 from proxy.backend import Backend
 from proxy.server import Proxy
 from proxy.top import Sample
@@ -259,9 +261,9 @@ def test_a_look_that_fails_is_not_the_last(two, tmp_path, monkeypatch):
 
 
 def test_a_worker_is_named_once(tmp_path):
-    command = [sys.executable, "-m", "proxy", "proxy", "--backend", "http://127.0.0.1:1", "--data", str(tmp_path)]
-    done = subprocess.run([*command, "--backend", "http://127.0.0.1:1"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--backend http://127.0.0.1:1 is given twice" in done.stderr
+    named = ["--backend", "http://127.0.0.1:1"]
+    done = CliRunner().invoke(cli, ["proxy", *named, *named, "--data", str(tmp_path)])
+    assert done.exit_code == 2 and "--backend http://127.0.0.1:1 is given twice" in done.stderr
 
 
 @pytest.mark.parametrize("heard", [True, False])

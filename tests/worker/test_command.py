@@ -14,7 +14,7 @@ from episodes.errors import BadInput, UnknownPoint
 from tests.conftest import free_port
 from tests.worker.test_families import make
 from worker import smollm
-from worker.__main__ import _values, free_socket, plan
+from worker.__main__ import _values, free_socket, main, plan
 from worker.spool import WRONG, prepare
 
 
@@ -157,10 +157,12 @@ def hostile(tmp_path, monkeypatch):
 
 
 def test_a_users_modules_of_our_names_do_not_stand_in_for_ours(hostile, model, tmp_path):
-    """Neither in the command, nor in what vLLM starts with its environment."""
+    """Neither in the command, whose help names our flags and says where the others go, nor in what vLLM starts with its
+    environment.
+    """
     command = [sys.executable, "-P", "-m", "proxy", "worker", "--help"]  # as the console script, which is no directory
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--hook-points" in done.stdout, done.stderr
+    assert done.returncode == 0 and "--hook-points" in done.stdout and "vLLM" in done.stdout, done.stderr
     command, env, _ = plan([model, "--spool-dir", str(tmp_path)], dict(os.environ))
     for how in (["-c", "import worker.launch"], ["-m", "worker.orders"]):
         done = subprocess.run([command[0], *how], capture_output=True, text=True, timeout=60, env=env)
@@ -306,7 +308,6 @@ def run(*arguments, script=None, **env):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--layers", "99"], "layer 99 does not exist: this model has layers 0 to 23"),
         (["--spool-bytes", "much"], "'much': give bytes"),
         (["--spool-dir", "/dev/null"], "cannot be written"),
         (["--spool-dir", "{tmp}", "--spool-bytes", "1000T"], "bytes are free in {tmp}/tautap-spool-"),
@@ -317,13 +318,23 @@ def run(*arguments, script=None, **env):
         (["-dp", "2"], "--data-parallel-size 2: start one worker for each replica"),
     ],
 )
-def test_bad_input_exits_with_2_and_one_line(model, tmp_path, arguments, says):
+def test_bad_input_exits_with_2_and_one_line(model, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.delattr(os, "execve")  # by which it becomes vLLM
     (tmp_path / "socket").touch()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(SystemExit) as ended:
         known = {"tmp": tmp_path, "taken": listening.getsockname()[1]}
-        done = run(model, *(argument.format(**known) for argument in arguments))
-    assert done.returncode == 2 and done.stderr.startswith(("tautap worker: ", "usage: ")), done.stderr
-    assert says.format(**known) in done.stderr.splitlines()[-1]
+        main([model, *(argument.format(**known) for argument in arguments)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(("tautap worker: ", "usage: ")), said
+    assert says.format(**known) in said.splitlines()[-1]
+
+
+def test_bad_input_ends_the_process_as_well(model):
+    done = run(model, "--layers", "99")
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 2 and said.startswith(
+        "tautap worker: layer 99 does not exist: this model has layers 0 to"
+    )
 
 
 @pytest.mark.parametrize(
@@ -396,12 +407,6 @@ def test_a_worker_that_cannot_start_says_in_its_last_line_what_to_change(ended, 
     *_, last = done.stderr.splitlines()
     assert done.returncode == (1 if "--point" in flags else 2)
     assert last.startswith("tautap worker: ") and says in last, done.stderr[-3000:]
-
-
-def test_help_names_our_flags_and_says_where_the_others_go():
-    command = [sys.executable, "-m", "proxy", "worker", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--hook-points" in done.stdout and "vLLM" in done.stdout
 
 
 @pytest.mark.parametrize(
