@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import uuid
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from proxy.upstream import Reply
 
@@ -37,6 +37,10 @@ def given_id(request: web.Request) -> str:
 
 
 async def sign(request: web.Request, reply: web.StreamResponse) -> None:
-    """Every reply has its request's id, the call's if it came with none, and does not say what software we are."""
+    """Every reply has its request's id, the call's if it came with none, and does not say what software we are. Where
+    HTTP/1.0 has no other way to end one, its connection does.
+    """
     reply.headers["X-Request-Id"] = request.get(ID) or given_id(request) or f"r-{uuid.uuid4().hex[:16]}"
     reply.headers.pop("Server", None)
+    if request.version < HttpVersion11 and reply.content_length is None:
+        reply.force_close()  # which aiohttp leaves to the client, if that asked for a connection to keep

@@ -603,6 +603,16 @@ def test_a_conversation_may_go_on_at_the_last_event_of_a_reply(tmp_path, http):
     assert [(e["n_calls"], e["n_turns"]) for e in proxy.open().episodes.to_pylist()] == [(2, 2)]
 
 
+def test_a_stream_over_http_1_0_ends_with_its_connection(proxy):
+    """Though its client would keep that: nothing else tells it that no more comes."""
+    body = json.dumps({"model": MODEL, "messages": [user("Hi")], "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.0\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n"
+    with socket.create_connection(("127.0.0.1", proxy.config.port), timeout=10) as client:
+        client.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        with client.makefile("rb") as reply:
+            assert reply.read().endswith(b"data: [DONE]\n\n")
+
+
 def test_a_backend_that_is_not_ours_has_its_activations_kept(tmp_path, http, caplog):
     """Taken out of the reply, streamed or not, and stored with the call. That there are no others is said once."""
     import zstandard
