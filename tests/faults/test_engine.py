@@ -88,13 +88,16 @@ KILLS = {
 def test_the_real_worker_and_the_proxy_before_it_are_killed_and_no_answered_call_is_lost_unnamed(
     engines, tmp_path, times
 ):
-    """Each is started again, and the next call works."""
+    """Each is started again, and the next call works. Where each fault is injected once, the model's process is not
+    killed by itself, but ends with the engine core: that is one start less.
+    """
+    kills = {fault: kill for fault, kill in KILLS.items() if times > 1 or kill[0] is not model}
     engines.stop()  # one engine at a time
     chance = random.Random(2)
     stack = RealStack(tmp_path)
     for _ in running(stack):
         for _ in range(max(times // 10, 1)):
-            for fault, (whom, lossless) in KILLS.items():
+            for fault, (whom, lossless) in kills.items():
                 with tally(fault, stack, lossless=lossless):
                     with Load(stack) as load:
                         load.wait(chance.uniform(0.5, 4))

@@ -301,7 +301,8 @@ class RealWorker:
         self.url, self._log = f"http://127.0.0.1:{port}", logs / f"{core}.log"
         flags = ["--layers", "0,15", "--max-model-len", "2048", "--port", str(port), "--spool-dir", str(logs)]
         flags += ["--kv-cache-memory-bytes", "256M"]
-        env = {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
+        # The model in the engine's own process, as in `Engines`.
+        env = {"VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         kept = {name: value for name, value in os.environ.items() if name != "NNSIGHT_CONFIG"}
         command = [sys.executable, "-m", "worker", *flags]
         with self._log.open("wb") as log:

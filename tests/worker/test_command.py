@@ -332,9 +332,7 @@ def test_bad_input_exits_with_2_and_one_line(model, tmp_path, monkeypatch, capsy
 def test_bad_input_ends_the_process_as_well(model):
     done = run(model, "--layers", "99")
     (said,) = done.stderr.splitlines()
-    assert done.returncode == 2 and said.startswith(
-        "tautap worker: layer 99 does not exist: this model has layers 0 to"
-    )
+    assert done.returncode == 2 and said.startswith("tautap worker: layer 99 does not exist: this model has ")
 
 
 @pytest.mark.parametrize(
@@ -392,9 +390,12 @@ def start(home, flags):
         (home / "model.safetensors").unlink()
     where = ["--port", str(free_port()), "--spool-dir", str(home), "--spool-bytes", "1M"]
     arguments = [str(home), *flags, *where, "--skip-tokenizer-init", "--max-num-seqs", "4"]
-    if flags:
+    if "--point" in flags:  # as on a user's machine: what fails is a process of its own, and says so to another
         return run(*arguments)
-    command, env, config = plan(arguments, {})
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if flags:
+        return run(*arguments, **env)
+    command, env, config = plan(arguments, env)
     prepare(Path(config.spool_dir))
     return run(*command[3:], script=WITHOUT_A_GPU, **env)
 

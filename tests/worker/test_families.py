@@ -179,10 +179,10 @@ def test_every_point_holds_what_its_name_says(record, family, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["nnsight", "graphs"])
-def test_a_step_that_was_planned_before_the_reply_ended_leaves_one_row_too_many(record, source, tmp_path):
+def test_a_step_that_was_planned_before_the_reply_ended_leaves_one_row_too_many(record, source, tmp_path, observed):
     """Asynchronous scheduling has the token that ends a reply fed in; its row is right, and nobody else's."""
     model = make("llama", tmp_path)
-    *reply, _ = record(tmp_path, OUTPUTS).tokens
+    *reply, _ = observed.tokens
     recorded = record(tmp_path, OUTPUTS, source=source, stop=reply[-1])
     check(recorded, model, OUTPUTS, N_GENERATED - 2)
     assert recorded.tokens == reply
