@@ -39,6 +39,11 @@ class Worker:
         if self._stub is not None:
             self._stub.token_s, self._stub.prompt_s = 0.05, 0.0002
 
+    def run_prompt(self, lines):
+        """Wait until the stub has run a stream's prompt, of which it has all or nothing; the real one has chunks."""
+        while self._stub is not None and not re.search('"text": ?"[^"]', next(lines)):
+            pass
+
     def ask(self, text, capture=None, path="/v1/chat/completions", **fields):
         prompt = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
         headers = {CAPTURE_HEADER: capture.header()} if capture else {}
@@ -240,9 +245,8 @@ def test_a_client_that_leaves_before_its_turn_leaves_nothing(worker, monkeypatch
             patch.setattr("worker.ledger.ABORT_GRACE_S", 0.5)  # the stub's, which is in this process
             gone = worker.claim(queued.call)
         assert gone.status_code == 410 and gone.json()["ran"] is False, gone.text
-        lines = reply.iter_lines()
-        while not re.search('"text": ?"[^"]', next(lines)):
-            pass
+        assert reply.status_code == 200
+        worker.run_prompt(reply.iter_lines())
     assert worker.file(running.call).n_rows > 0  # it is over, too
 
 
