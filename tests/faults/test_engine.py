@@ -13,7 +13,7 @@ from episodes.messages import chat, parse_object
 from episodes.recovery import STOPPED
 from tests.conftest import until
 from tests.faults.conftest import running, tally
-from tests.faults.stack import Load, Stack
+from tests.faults.stack import CLIENTS, Load, Stack
 
 pytestmark = pytest.mark.engine
 
@@ -99,8 +99,10 @@ def test_the_real_worker_and_the_proxy_before_it_are_killed_and_no_answered_call
         for _ in range(max(times // 10, 1)):
             for fault, (whom, lossless) in kills.items():
                 with tally(fault, stack, lossless=lossless):
+                    begun = len(stack.answered)
                     with Load(stack) as load:
-                        load.wait(chance.uniform(0.5, 4))
+                        until(lambda begun=begun: len(stack.answered) >= begun + CLIENTS, "replies", 60)
+                        load.wait(chance.uniform(0, 2))
                         whom(stack).kill()
                         until(lambda: not (stack.proxy.alive and stack.worker.alive), "the end", 60)
                         load.wait(0.2)
