@@ -45,6 +45,13 @@ async def whole(piece: Callable[[], Awaitable[bytes]]) -> bytes:
     return b"".join(pieces)
 
 
+def why_unreachable(error: aiohttp.ClientError | TimeoutError, session: aiohttp.ClientSession) -> str:
+    """Why a worker cannot be reached."""
+    if isinstance(error, aiohttp.ConnectionTimeoutError):
+        return f"no connection within {session.timeout.sock_connect:g} s (--connect-timeout-s)"
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """A worker's error in OpenAI's shape; of a call without activations, its sequences and whether any may have run."""
 
@@ -94,6 +101,7 @@ class Backend:
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._unheard: set[str] = set()  # calls that it could not be told to forget
+        self.trouble = ""  # why it did not say what it runs, when it was asked last
         self.foreign = False  # no worker of ours, as far as is known
 
     async def capabilities(self) -> Model | None:
@@ -103,8 +111,10 @@ class Backend:
         try:
             async with self._ask("GET", "/v1/capabilities") as reply:
                 body = await whole(reply.content.readany)
-        except (aiohttp.ClientError, TimeoutError):
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self.trouble = why_unreachable(error, self._session)
             return None
+        self.trouble = f"HTTP {reply.status}"
         if reply.status in (401, 403):
             said = _error(body).error.get("message") or "without a word"
             refused = f"the worker refuses the proxy (HTTP {reply.status}, {said})"

@@ -17,7 +17,7 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from episodes.errors import WorkerFailed, WorkerTooSlow, WorkerUnreachable
-from proxy.backend import Backend, whole
+from proxy.backend import Backend, whole, why_unreachable
 from proxy.config import Timeouts
 
 REQUEST_HEADERS = re.compile(r"content-type|accept|user-agent", re.I)
@@ -150,13 +150,10 @@ class Upstream:
                 return await self._session.request(
                     method, url, headers=headers, data=body or None, allow_redirects=False
                 )
-            except aiohttp.ClientConnectorError as error:  # so nothing was sent
-                if pause_s is None:
-                    raise WorkerUnreachable(f"the worker cannot be reached: {error.strerror or error}") from None
-            except aiohttp.ConnectionTimeoutError:
-                limit_s = self._timeouts.connect_s
-                message = f"the worker cannot be reached: no connection within {limit_s:g} s (--connect-timeout-s)"
-                raise WorkerUnreachable(message) from None
+            except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:  # so nothing was sent
+                if pause_s is None or isinstance(error, TimeoutError):
+                    reason = why_unreachable(error, self._session)
+                    raise WorkerUnreachable(f"the worker cannot be reached: {reason}") from None
             except ConnectionError as error:
                 raise WorkerFailed(f"the worker failed: {error or type(error).__name__}") from None
             await asyncio.sleep(pause_s)

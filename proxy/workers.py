@@ -232,7 +232,8 @@ class Lease:
         """
         backend = worker.backend
         if not backend.foreign and not await self._workers._hear(worker):
-            raise WorkerUnreachable(f"the worker cannot be reached: {backend.address} does not answer")
+            reason = self._workers._wrong.get(worker) or backend.trouble
+            raise WorkerUnreachable(f"the worker cannot be reached: {reason}")
         model = self._workers.known.get(backend)
         if self._names and (model or self._model) and (reason := unlike(model, self._model)):
             raise WorkerUnreachable(f"the worker was started anew: {reason}")
