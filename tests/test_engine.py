@@ -234,7 +234,7 @@ def test_a_call_that_goes_on_from_a_stop_string_finds_all_its_rows(engines, tmp_
 
 def requests():
     """Requests of every kind, all of which give the same reply whenever they are sent."""
-    chat = {"model": MODEL, "temperature": 0, "seed": 1, "max_tokens": 16}
+    chat = {"model": MODEL, "temperature": 0, "seed": 1, "max_tokens": 8}
     user = {"role": "user", "content": "Name three colours."}
     path = "/v1/chat/completions"
     yield path, chat | {"messages": [user]}
