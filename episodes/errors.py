@@ -17,6 +17,7 @@ TautapError
 ├── MissingRows          a reader asked for rows that were never stored, or lie in a file that is not there
 ├── BenchFailed          a proxy or a benchmark that failed under way: commands exit with 1
 └── CaptureLost          a call whose activations cannot be had, with the reason
+    └── NotClaimed       in the time that there was
 """
 
 from __future__ import annotations
@@ -101,3 +102,7 @@ class CaptureLost(TautapError):
         super().__init__(reason)
         self.sequences = list(sequences)
         self.ran = ran
+
+
+class NotClaimed(CaptureLost):
+    pass

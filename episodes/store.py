@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -49,7 +48,8 @@ def read_run(layout: Layout) -> Run:
 
 def family(layout: Layout, run: Run) -> str:
     """What the salts of a run's captures begin with, and those of no other run's, not of a copy's either."""
-    return f"{run.run}/{run.created!r}/{zlib.crc32(os.fsencode(layout.root.resolve())):08x}/"
+    place = layout.root.stat()
+    return f"{run.run}/{run.created!r}/{place.st_dev:x}.{place.st_ino:x}/"
 
 
 def check_journal(layout: Layout) -> None:

@@ -48,7 +48,7 @@ def problems(run: Run) -> Iterator[str]:
         yield from _checkpoint_problems(run)
         left = unrecorded(run.outline, left_begun(run.layout.begun))
         for call in left:
-            yield f"call {call.id}: {STOPPED}: open the run with a proxy, or seal it"
+            yield f"call {call.id}: {STOPPED}: start a proxy on the run, or seal it, without what only a worker has"
         for path, reason, _ in strays(run.layout, run.outline, left):
             yield f"{path.relative_to(run.layout.root)}: {reason}"
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import aiohttp
 import msgspec
 
-from episodes.errors import CaptureLost, WorkerFailed
+from episodes.errors import CaptureLost, NotClaimed, WorkerFailed
 from episodes.handover import Recipe, check_room, take
 from episodes.messages import JSON
 from episodes.records import Model
@@ -101,7 +101,7 @@ class Backend:
         # Its own: claims that wait for a worker that is gone must not keep those of another waiting.
         self._slots = asyncio.Semaphore(CLAIMS_AT_ONCE)
         self._unheard: set[str] = set()  # calls that it could not be told to forget
-        self.trouble = ""  # why it did not say what it runs, when it was asked last
+        self.trouble = ""  # why it could not be asked what it runs
         self.foreign = False  # no worker of ours, as far as is known
 
     async def capabilities(self) -> Model | None:
@@ -114,7 +114,7 @@ class Backend:
         except (aiohttp.ClientError, TimeoutError) as error:
             self.trouble = why_unreachable(error, self._session)
             return None
-        self.trouble = f"HTTP {reply.status}"
+        self.trouble = ""
         if reply.status in (401, 403):
             said = _error(body).error.get("message") or "without a word"
             refused = f"the worker refuses the proxy (HTTP {reply.status}, {said})"
@@ -168,15 +168,15 @@ class Backend:
                         trouble = f"the worker could not be reached: {error or type(error).__name__}"
                         await asyncio.sleep(RETRY_S)
         except TimeoutError:
-            raise CaptureLost(f"not claimed in {timeout_s:g} s: {trouble}") from None
+            raise NotClaimed(f"not claimed in {timeout_s:g} s: {trouble}") from None
 
-    async def holds(self, call: str) -> bool:
-        """Whether the worker knows of a call; False if it does not answer."""
+    async def holds(self, call: str) -> bool | None:
+        """Whether the worker knows of a call; None if it does not answer."""
         try:
             async with self._ask("GET", f"/v1/activations/{call}", params={"as": "recipe"}) as reply:
                 return reply.status in (200, 202, 410)
         except (aiohttp.ClientError, TimeoutError):
-            return False
+            return None
 
     async def compute(self, model: str, prompt: list[int], capture: Capture) -> None:
         """Run a prompt of token ids for its rows alone; CaptureLost, with the reason, if the worker does not."""

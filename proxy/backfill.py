@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from episodes.errors import BadInput, BadRun, CaptureLost, TautapError
+from episodes.errors import BadInput, BadRun, CaptureLost, NotClaimed, TautapError
 from episodes.holes import Hole, holes, unfillable
 from episodes.layout import Layout
 from episodes.records import Call
@@ -121,16 +121,25 @@ async def backfill(layout: Layout, config: Config) -> Filled:
 async def _finish_left(
     store: Store, workers: Workers, on_disk: Callable[..., Awaitable[Any]], min_free_bytes: int
 ) -> None:
-    """Record what a proxy that died left, with the rows that a worker still holds; OSError if the disk takes none."""
-    for n, call in enumerate(store.left):
+    """Record what a proxy that died left, with the rows that a worker still holds. NotClaimed, and nothing is recorded,
+    if a worker does not answer, OSError if the disk takes none.
+    """
+
+    async def claim(call: Call) -> Call:
         logger.warning("call %s: %s", call.id, STOPPED)
         draft = store.draft(call.id)
         try:
             if call.points and not await on_disk(draft.exists):
                 await workers.claim(call.id, draft, min_free_bytes)
+        except NotClaimed:
+            raise
         except CaptureLost as error:
-            store.left[n] = msgspec.structs.replace(call, sequences=error.sequences, lost=str(error))
+            if error.ran is False and not call.answered:
+                return msgspec.structs.replace(call, points=[])
+            return msgspec.structs.replace(call, sequences=error.sequences, lost=str(error))
+        return call
+
+    store.left = await asyncio.gather(*map(claim, store.left))
     left = [call.id for call in store.left]
     await on_disk(store.finish_left)
-    for name in left:
-        await workers.forget(name)
+    await asyncio.gather(*map(workers.forget, left))

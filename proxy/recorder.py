@@ -155,6 +155,7 @@ class Recording:
         self._claims: set[asyncio.Task[None]] = set()
         # Calls of a proxy that died, until a worker of the run's model is there, which may still have their rows.
         self._left: list[Call] = []
+        self._n_left = 0  # calls that this proxy leaves to the next one
         # What is left to do about calls that are recorded; nothing waits for it before the end.
         self._chores: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -186,10 +187,10 @@ class Recording:
         for call in left:
             logger.warning("call %s: %s", call.id, LEFT, extra=logs.about(call))
             self._under_way.begin(call.id, call.thread)
-            if call.points:
+            if call.points and not self._store.draft(call.id).exists():
                 self._left.append(call)
             else:
-                self.record(call, None, {})
+                self.record(call, self._workers if call.points else None, {})
 
     def _take_up(self) -> None:
         """Claim what a proxy that died had not claimed."""
@@ -216,8 +217,10 @@ class Recording:
     async def take_up(self) -> None:
         """See whether a worker is there that may have what a proxy that died left."""
         if self._left:
-            with contextlib.suppress(TautapError):  # whoever sends a call is told
+            try:
                 await self.describe()
+            except Exception as error:  # whoever sends a call is told
+                logger.debug("%s: what was left still waits: %s", self._store.layout.root, error)
 
     async def _forget_left(self, backend: Backend) -> None:
         """Let a worker forget what it holds for proxies that died on this run: of calls that are recorded, and of
@@ -361,6 +364,7 @@ class Recording:
 
     async def _leave(self, call: Call) -> None:
         """Leave a call whose reply is over to the next proxy: the worker keeps its rows."""
+        self._n_left += 1
         logger.warning("call %s: %s: left for the next proxy", call.id, STOPPED, extra=logs.about(call))
         try:
             await self._on_disk(self._store.begin, [call])
@@ -489,7 +493,8 @@ class Recording:
         for group in groups:
             if group.episode in failed:
                 continue
-            if self._backfill is not None and not self._deadline.over and self._quiet(group, since):
+            # Not by a worker that runs something else by now.
+            if self._backfill is not None and self.described and not self._deadline.over and self._quiet(group, since):
                 await self._fill(self._backfill, group.episode)
             if self._quiet(group, since):
                 self._close(group)
@@ -548,8 +553,10 @@ class Recording:
         """Wait a while for the calls that are under way; seal every episode that is quiet then, and roll the index. The
         run goes on. Returns what it holds, and how many calls it does not yet.
         """
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._under_way.over(), SETTLE_S)
+        await self.take_up()
+        if len(self._under_way) > len(self._left):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._under_way.over(), SETTLE_S)
         await self.seal(0)
         before = self._under_way.calls
         await self._on_disk(self._store.roll)
@@ -578,12 +585,13 @@ class Recording:
         try:
             await self._finish_calls()
             await self.seal(0)
-            if self._left:
+            n_left = len(self._left) + self._n_left
+            if n_left or (self._deadline.over and self.n_live):
                 logger.warning(
-                    "%d calls of a proxy before this one are left: no worker of their model was there", len(self._left)
-                )
-            if self._deadline.over and self.n_live:
-                logger.warning("%d episodes are not sealed: tautap seal %s", self.n_live, self._store.layout.root)
+                    "%s: %d calls are not recorded and %d episodes not sealed: start a proxy on the run, or "
+                    "`tautap seal` it, without rows that only a worker has",
+                    self._store.layout.root, n_left, self.n_live,
+                )  # fmt: skip
             try:
                 await self._on_disk(self._store.roll)
             except Exception:
@@ -663,9 +671,10 @@ class Recorder:
         idle_s = self.config.episode_idle_s
         while True:
             await asyncio.sleep(min(max(idle_s / 4, 0.1), 15.0))
+            for recording in list(self._runs.values()):
+                await recording.take_up()
             for name, recording in list(self._runs.items()):
                 try:
-                    await recording.take_up()
                     await recording.seal(idle_s)
                 except Exception:
                     logger.exception("run %s could not be sealed", name)

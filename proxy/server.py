@@ -145,6 +145,7 @@ class Proxy:
         watch.pause()  # while the client is at it
         body = await bodies.read(request, self._config.timeouts.idle_s)
         watch.go_on()
+        recording = await self._recorder.run(asked.run)  # while the body came, the worker may have become another
         exchange = self._begin(request, asked.path, body, episode, recording, watch)
         lease = self._workers.lease(exchange.place.thread, exchange.place.episode)
         generation = Generation(request, exchange, recording, lease, self._config.durability == "sync")

@@ -52,7 +52,8 @@ async def run_stack(config: Config, command: list[str], environment: Mapping[str
     except OSError as error:
         raise BadInput(f"--data {config.data} cannot be written: {error.strerror}") from None
     with output:
-        # A session of its own: Ctrl-C reaches us alone, and the worker lives until its last rows are claimed.
+        # A session of its own: Ctrl-C reaches us alone, and the worker lives until its last rows are claimed, if there
+        # is time for that.
         worker = await asyncio.create_subprocess_exec(
             *command,
             env={**environment, "VLLM_API_KEY": str(config.backend_key)},

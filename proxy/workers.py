@@ -2,8 +2,8 @@
 
 Their rows lie side by side in one run, where a call may refer to rows that another worker computed of the same tokens:
 so all must run one model in one dtype with one spec. A worker that cannot be reached, or is not well, is passed over
-until it is again, and then asked anew what it runs. One that is alone is given calls all the same, and asked anew
-before them; what it runs then is held against the run's own model.
+until it is again, and then asked anew what it runs. One that is alone is given calls all the same, once it has been
+heard of, and asked anew before them; what it runs then is held against the run's own model.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ class Workers:
         await asyncio.gather(*(worker.backend.forget(call) for worker in self._fleet.workers))
 
     async def _holder(self, call: str) -> Backend:
-        """The worker that holds a call's activations; else one that cannot be asked now, for it may be that one."""
-        *others, last = self._in_order
-        for worker in others:
-            if await worker.backend.holds(call):
-                return worker.backend
-        return last.backend
+        """The worker that holds a call's activations; else one that does not answer, for it may be that one."""
+        backends = [worker.backend for worker in self._in_order]
+        if len(backends) == 1:
+            return backends[0]
+        held = await asyncio.gather(*(backend.holds(call) for backend in backends))
+        return min(zip(backends, held, strict=True), key=lambda pair: (True, None, False).index(pair[1]))[0]
 
     # ---- looking after them
 
@@ -227,16 +227,23 @@ class Lease:
         raise unreachable
 
     async def _check(self, worker: Upstream) -> None:
-        """WorkerUnreachable for a worker that does not say what it runs, or, of a call in a conversation, that runs
-        something else than there was when it began: its capture is not for that.
+        """WorkerUnreachable for a worker that nobody has heard of and that cannot be asked, or, of a call in a
+        conversation, that runs something else than there was when it began: its capture is not for that.
         """
-        backend = worker.backend
-        if not backend.foreign and not await self._workers._hear(worker):
-            reason = self._workers._wrong.get(worker) or backend.trouble
+        workers, backend = self._workers, worker.backend
+        try:
+            heard = backend.foreign or await workers._hear(worker)
+        except WorkerFailed as error:
+            raise WorkerUnreachable(str(error)) from None
+        if not heard and (reason := workers._wrong.get(worker) or ("" if self._model else backend.trouble)):
             raise WorkerUnreachable(f"the worker cannot be reached: {reason}")
-        model = self._workers.known.get(backend)
-        if self._names and (model or self._model) and (reason := unlike(model, self._model)):
-            raise WorkerUnreachable(f"the worker was started anew: {reason}")
+        model = workers.known.get(backend)
+        if not heard or not self._names or model == self._model:
+            return
+        if self._model is None:
+            raise WorkerUnreachable("the worker has come up since the call began: send it again")
+        if reason := unlike(model, self._model):
+            raise WorkerUnreachable(f"the worker was started anew since the call began: {reason}")
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from episodes import journal
-from episodes.errors import BadInput, BadRun, RunLocked, WrongModel
+from episodes.errors import BadInput, BadRun, NotClaimed, RunLocked, WrongModel
 from episodes.layout import Layout, existing
 from episodes.records import BACKFILL
 from episodes.run import open_run
@@ -28,6 +28,7 @@ from tests.proxy.test_server import committed, converse, user
 from tests.stub import MODEL, POINTS, Running, Stub, rows
 
 REASON = "the spool is full"
+CUT = {"stub_fault": "cut"}
 
 
 def lose(stub, proxy, turn=1, **fields):
@@ -225,6 +226,35 @@ def test_rows_of_a_backfill_that_died_are_forgotten_by_the_next_proxy(stub, tmp_
     monkeypatch.setattr(Backend, "forget", forget)
     with proxy_to(stub.url, tmp_path):
         until(lambda: not waiting(stub, http), "the worker to have been told to forget")
+
+
+def test_a_worker_that_runs_something_else_by_now_fills_nothing(stub, tmp_path, http, monkeypatch):
+    """Its rows would lie beside the first one's, as if they were."""
+    capabilities = Backend.capabilities
+
+    async def other(self):
+        return msgspec.structs.replace(await capabilities(self), checkpoint="another")
+
+    with proxy_to(stub.url, tmp_path, backfill=True, episode_idle_s=300) as proxy:
+        lose(stub.stub, proxy)
+        monkeypatch.setattr(Backend, "capabilities", other)
+        body = {"model": MODEL, "messages": [user("Hi")]}
+        statuses = [http.post(f"{proxy.url}/v1/chat/completions", json=body | f).status_code for f in (CUT, {})]
+        assert statuses == [502, 409]
+    run = proxy.open()
+    assert fillers(run) == [] and run.episodes["n_incomplete"].to_pylist()[0] > 0
+
+
+def test_what_cannot_be_asked_for_now_is_left(stub, tmp_path, left_behind, monkeypatch):
+    async def hangs(self, call, into, *limits):
+        raise NotClaimed("told to hang")
+
+    with monkeypatch.context() as patch, pytest.raises(NotClaimed):
+        patch.setattr(Backend, "claim", hangs)
+        asyncio.run(backfill(left_behind, Config((stub.url,), tmp_path, "r")))
+    assert "c-left" not in open_run(left_behind.root).history.calls
+    assert asyncio.run(backfill(left_behind, Config((stub.url,), tmp_path, "r"))).left == {}
+    check_filled(open_run(left_behind.root))
 
 
 def test_what_a_proxy_that_died_left_is_recorded_first(stub, tmp_path, left_behind):

@@ -147,6 +147,26 @@ def test_a_start_that_fails_leaves_what_a_proxy_that_died_left(stub, tmp_path, l
     assert run.history.calls["c-left"].n_kept > 0 and list(problems(run)) == []
 
 
+def test_what_was_claimed_already_is_recorded_without_a_worker(stub, tmp_path, http, left_behind):
+    left_behind.claim("c-left").write_bytes(http.get(f"{stub.url}/v1/activations/c-left").content)
+    with proxy_to(f"http://127.0.0.1:{free_port()}", tmp_path):
+        pass
+    run = open_run(left_behind.root)
+    assert run.history.calls["c-left"].n_kept > 0 and list(problems(run)) == []
+
+
+def test_a_worker_that_does_not_answer_may_be_the_one_that_has_it(stub, tmp_path, left_behind, monkeypatch):
+    """Rather than another, which knows nothing of the call."""
+
+    async def holds(self, call):
+        return None if self.url == stub.url else False
+
+    monkeypatch.setattr(Backend, "holds", holds)
+    with Running(Stub(tmp_path / "other")) as other, proxy_to((stub.url, other.url), tmp_path):
+        pass
+    assert open_run(left_behind.root).history.calls["c-left"].n_kept > 0
+
+
 def test_what_a_worker_forgot_that_died_with_its_proxy_is_lost_by_name(tmp_path, left_behind):
     """Its client may have had the reply: so `verify` may not say that all is there. The worker that comes after the
     proxy is asked without waiting for a client to send something.

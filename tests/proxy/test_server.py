@@ -716,7 +716,7 @@ def test_a_proxy_that_is_to_stop_waits_no_longer_than_it_was_told(stub, tmp_path
         proxy.stop()
     assert 0.2 < time.monotonic() - begun < 10
     (said,) = problems(proxy.open())
-    assert "before it had recorded the call: open the run with a proxy" in said
+    assert "before it had recorded the call: start a proxy on the run" in said
     with proxy_to(stub.url, tmp_path) as proxy:
         pass
     run = proxy.open()
