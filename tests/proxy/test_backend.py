@@ -172,7 +172,7 @@ def silent():
         (Backend.capabilities, None),
         (Backend.waiting, []),
         (lambda backend: backend.forget("c-1"), None),
-        (lambda backend: backend.holds("c-1"), False),
+        (lambda backend: backend.holds("c-1"), None),
     ],
 )
 def test_a_worker_that_does_not_answer_is_not_waited_for(silent, monkeypatch, ask, said):
