@@ -134,7 +134,7 @@ async def _finish_left(
         except NotClaimed:
             raise
         except CaptureLost as error:
-            if error.ran is False and not call.answered:
+            if not error.ran and not call.answered:
                 return msgspec.structs.replace(call, points=[])
             return msgspec.structs.replace(call, sequences=error.sequences, lost=str(error))
         return call

@@ -16,16 +16,14 @@ from episodes.tables import Totals
 from episodes.wire import Tokens
 from proxy.admin import Progress
 
-ERROR: JSON = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {"error": {"type": "object", "required": ["message", "type", "code"]}},
-}
-COMPLETION: JSON = {
-    "type": "object",
-    "required": ["choices"],
-    "properties": {"choices": {"type": "array", "items": {"type": "object", "required": ["index"]}}},
-}
+
+def _object(**fields: JSON) -> JSON:
+    """An object that has all of these fields."""
+    return {"type": "object", "required": list(fields), "properties": fields}
+
+
+ERROR = _object(error={"type": "object", "required": ["message", "type", "code"]})
+COMPLETION = _object(choices={"type": "array", "items": {"type": "object", "required": ["index"]}})
 COLLECT: JSON = {
     "oneOf": [
         {"type": "boolean"},
@@ -43,17 +41,10 @@ NAME: JSON = {"type": "string", "pattern": f"^{NAMES.pattern}$"}
 RUN: JSON = {"name": "run", "in": "path", "required": True, "schema": NAME}
 # Whose the results are: the file, and tau-bench's environment and split.
 WHOSE: list[JSON] = [{"name": name, "in": "query", "schema": {"type": "string"}} for name in ("name", "env", "split")]
-RESULT: JSON = {
-    "type": "object",
-    "required": ["task_id", "trial", "reward", "info", "traj"],
-    "properties": {
-        "task_id": {"type": "integer"},
-        "trial": {"type": "integer"},
-        "reward": {"type": "number"},
-        "info": {"type": "object"},
-        "traj": {"type": "array", "items": {"type": "object"}},
-    },
-}
+INTEGER: JSON = {"type": "integer"}
+STRINGS: JSON = {"type": "array", "items": {"type": "string"}}
+TRAJECTORY: JSON = {"type": "array", "items": {"type": "object"}}
+RESULT = _object(task_id=INTEGER, trial=INTEGER, reward={"type": "number"}, info={"type": "object"}, traj=TRAJECTORY)
 RESULTS: JSON = {
     "type": "object",
     "required": ["results"],
@@ -62,18 +53,7 @@ RESULTS: JSON = {
         "tasks": {"type": "object", "additionalProperties": {"type": "string"}},
     },
 }
-STRINGS: JSON = {"type": "array", "items": {"type": "string"}}
-JOINED: JSON = {
-    "type": "object",
-    "required": ["joined", "new", "results", "episodes", "doubts"],
-    "properties": {
-        "joined": {"type": "integer"},
-        "new": {"type": "integer"},
-        "results": STRINGS,
-        "episodes": STRINGS,
-        "doubts": STRINGS,
-    },
-}
+JOINED = _object(joined=INTEGER, new=INTEGER, results=STRINGS, episodes=STRINGS, doubts=STRINGS)
 REFUSALS = {
     "400": "something is wrong with the request",
     "401": "no key, or none of the proxy's",
@@ -166,5 +146,4 @@ def _health(good: str) -> JSON:
 
 
 def _counts(kind: type[msgspec.Struct]) -> JSON:
-    names = list(kind.__struct_fields__)
-    return {"type": "object", "required": names, "properties": {name: {"type": "integer"} for name in names}}
+    return _object(**dict.fromkeys(kind.__struct_fields__, INTEGER))

@@ -422,9 +422,7 @@ class Recording:
                 await self._fetch(claim)
                 self._metrics.claim.observe(time.perf_counter() - over)
         except CaptureLost as error:
-            # One that died with its proxy has forgotten what it ran, and the client may have its reply.
-            none_ran = error.ran is False or (error.ran is None and holder is not self._workers)
-            if none_ran and not call.answered:
+            if not error.ran and not call.answered:
                 return call
             return self._lost(msgspec.structs.replace(call, sequences=error.sequences), str(error))
         except TautapError as error:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-from episodes.errors import WorkerFailed, WorkerUnreachable, WrongModel
+from episodes.errors import CaptureLost, WorkerFailed, WorkerUnreachable, WrongModel
 from episodes.records import Model
 from proxy.address import session
 from proxy.backend import Backend
@@ -105,7 +105,13 @@ class Workers:
 
     async def claim(self, call: str, into: Path, min_free_bytes: int = 0, timeout_s: float | None = None) -> None:
         """As `Backend.claim`, of a call that nobody knows the worker of: its proxy died."""
-        await (await self._holder(call)).claim(call, into, min_free_bytes, timeout_s)
+        holder = await self._holder(call)
+        try:
+            await holder.claim(call, into, min_free_bytes, timeout_s)
+        except CaptureLost as error:
+            # A worker that was started anew has forgotten what it ran, and the client may have its reply.
+            error.ran = error.ran is not False
+            raise
 
     async def forget(self, call: str) -> None:
         await asyncio.gather(*(worker.backend.forget(call) for worker in self._fleet.workers))

@@ -510,6 +510,7 @@ def test_a_client_that_leaves_is_recorded(stub, proxy):
     (call,) = committed(proxy, 1).history.calls.values()
     assert "client left" in call.error and call.lost is None
     assert 0 < call.n_kept == call.n_positions and len(call.sequences[0].completion_token_ids) < 5
+    stub.stub.token_s = 0
     converse(proxy.client(), "next", 1)
     committed(proxy, 2)
 
